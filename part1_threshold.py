@@ -1,0 +1,1159 @@
+"""Find the decision threshold of a binary classifier, and say how sure that is.
+
+    python part1_threshold.py                                  simulated scores
+    python part1_threshold.py --scenario underconfident        0.5 is wrong here
+    python part1_threshold.py --scores FILE.csv --positive yes your own scores
+
+A case is called positive when ``score >= threshold``. One pass over the scores
+fills a small table of counts (class x gap between thresholds); every metric,
+the bootstrap, the hold-out check and the other class balances are computed
+from that table, so they cost the same for a thousand cases and for a billion.
+
+Writes summary.json, thresholds.csv, scores.csv (simulated scores only) and the
+plots 01_... to 05_...png into the output folder. README.md has the time it takes.
+"""
+
+import argparse
+import csv
+import sys
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+
+import numpy as np
+
+from utils import (
+    BLACK, BLUE, GREEN, ORANGE, PURPLE, RED, SKY, UserError, command, derive_seed,
+    finish_figures, integer, load_pyplot, number, output_folder, save_figure, say,
+    tell, write_csv, write_json,
+)  # fmt: skip
+
+# ------------------------------------------------------------------- constants
+
+# Division, not a step of 0.01: each value is the float that "0.37" reads as.
+GRID = np.arange(10, 91) / 100
+TOLERANCE = 1e-12  # values closer than this are equally good
+NEAR = 0.005  # a loss too small to care about
+REPLICATES = 2000  # of the bootstrap
+LEVELS = (0.025, 0.975)  # of every 95 % interval
+BALANCES = (0.05, 0.10, 0.30, 0.50)  # shares of positives in the closing table
+BINS = 10  # of the reliability diagram
+
+# ------------------------------------------------------ scores: simulated or read
+
+
+def _beta(labels, rng):
+    """Beta(6, 3) for positives, Beta(3, 8) for negatives: 0.5 happens to be best."""
+    return np.where(labels, rng.beta(6, 3, labels.size), rng.beta(3, 8, labels.size))
+
+
+def _calibrated(labels, rng):
+    """The true probability of a case whose evidence is N(+-1.3, 1) in units of its sd."""
+    evidence = rng.normal(np.where(labels, 1.3, -1.3))
+    share = labels.mean()
+    return _sigmoid(2.6 * evidence + np.log(share / (1 - share)))
+
+
+def _underconfident(labels, rng):
+    """Logits N(0.5, 1.1) and N(-2.5, 1.1): ranked well, but all scores too low."""
+    return _sigmoid(rng.normal(np.where(labels, 0.5, -2.5), 1.1))
+
+
+def _sigmoid(logits):
+    return 1 / (1 + np.exp(-logits))
+
+
+SCENARIOS = {
+    "balanced": (_beta, "Beta(6,3) for positives, Beta(3,8) for negatives"),
+    "calibrated": (_calibrated, "calibrated probabilities from evidence N(+-1.3, 1)"),
+    "underconfident": (
+        _underconfident,
+        "logits N(0.5,1.1) for positives, N(-2.5,1.1) for negatives: scores too low",
+    ),
+}
+
+
+def simulate_scores(n, positive_rate, scenario, seed):
+    """Labels and scores of ``n`` simulated cases, in random order.
+
+    Returns
+    -------
+    labels : ndarray of bool, shape (n,)
+    scores : ndarray of float64, shape (n,), in [0, 1]
+
+    Raises
+    ------
+    UserError
+        If ``n`` cases at this rate leave one class empty.
+    """
+    n_positive = round(n * positive_rate)
+    if not 0 < n_positive < n:
+        raise UserError(
+            f"{n} cases at a positive rate of {positive_rate} leave one class empty: "
+            "give a larger --n-samples or another --positive-rate"
+        )
+    rng = np.random.default_rng(derive_seed(seed, 0))
+    labels = rng.permutation(np.arange(n) < n_positive)
+    return labels, SCENARIOS[scenario][0](labels, rng)
+
+
+def read_scores(path, label_column, score_column, positive=None):
+    """Labels and scores from a CSV file with a header, or from an NPZ file.
+
+    Returns
+    -------
+    labels : ndarray of bool, shape (n,)
+    scores : ndarray of float, shape (n,), in the file's own precision
+
+    Raises
+    ------
+    UserError
+        If the file, a column, a score or a label is not what it should be.
+    """
+    read = _read_npz if path.suffix.lower() == ".npz" else _read_csv
+    labels, scores, lines = read(path, label_column, score_column)
+    if labels.ndim != 1 or labels.shape != scores.shape:
+        raise UserError(
+            f"{path}: {label_column} has shape {labels.shape} and {score_column} "
+            f"{scores.shape}: give two columns of equal length"
+        )
+    if scores.size == 0:
+        raise UserError(f"{path} has a header but no cases: give a file with scores")
+    bad = np.flatnonzero(~np.isfinite(scores))
+    if bad.size:
+        raise UserError(
+            f"{path}: {bad.size} scores in {score_column} are NaN or infinite, the "
+            f"first in {lines[0]} {lines[1][bad[0]]}: remove or mend them"
+        )
+    return _find_positives(f"{path}: the labels in {label_column}", labels, positive), scores
+
+
+def _read_csv(path, *names):
+    """The columns (text, float64), and the line on which each row ends."""
+    labels, scores, lines = [], [], []
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            reader = csv.reader(file, strict=True)
+            a, b = _find_columns(path, next(reader, []), names)
+            for row in filter(None, reader):
+                labels.append(row[a])
+                scores.append(float(row[b]))
+                lines.append(reader.line_num)
+    except IndexError:
+        raise UserError(f"{path}, line {reader.line_num}: too few columns") from None
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{path} is not a CSV file ({error}): give CSV or NPZ") from error
+    except ValueError:
+        raise UserError(
+            f"{path}, line {reader.line_num}: {row[b]!r} in {names[1]} is not a number"
+        ) from None
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    return np.array(labels), np.array(scores), ("line", lines)
+
+
+def _read_npz(path, *names):
+    """The arrays as they are, and their indices; nothing pickled is loaded."""
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            _find_columns(path, arrays.files, names)
+            labels, scores = (arrays[name] for name in names)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+    except UserError:
+        raise
+    except Exception as error:  # a damaged archive can raise almost anything
+        raise UserError(f"{path} is not a readable NPZ file ({error})") from error
+    if scores.dtype.kind not in "fiub":
+        raise UserError(f"{path}: {names[1]} holds {scores.dtype}, not numbers")
+    narrow = scores.dtype.kind == "f" and scores.dtype.itemsize <= 8
+    dtype = scores.dtype.newbyteorder("=") if narrow else np.float64
+    return labels, scores.astype(dtype, copy=False), ("index", range(scores.size))
+
+
+def _find_columns(path, present, wanted):
+    if not present:
+        raise UserError(f"{path} is empty: give a CSV file with a header, or an NPZ file")
+    for name in wanted:
+        if present.count(name) != 1:
+            raise UserError(
+                f"{path} has {present.count(name)} columns {name!r} among "
+                f"{', '.join(present)}: name yours with --label-column, --score-column"
+            )
+    return [present.index(name) for name in wanted]
+
+
+def _find_positives(what, values, positive):
+    """Labels as bool: 1 (or ``positive``) against 0 (or every other value)."""
+    found = np.unique(values[:1000]).tolist()
+    found = ", ".join(map(repr, found[:5])) + ", ..." * (len(found) > 5)
+    numbers, wanted = _as_numbers(values), _as_numbers(np.array([positive or "1"]))
+    if positive is None and (numbers is None or not np.isin(numbers, (0, 1)).all()):
+        raise UserError(
+            f"{what} are not all 0 or 1 (there is {found}): say with --positive "
+            "which value is positive"
+        )
+    same_text = np.zeros(values.size, bool) if numbers is not None else values == positive
+    labels = same_text if wanted is None or numbers is None else numbers == wanted
+    if not labels.any() or labels.all():
+        raise UserError(
+            f"{what} are {'all' if labels.all() else 'never'} {positive or 1} (there is "
+            f"{found}): both classes are needed; see --positive"
+        )
+    return labels
+
+
+def _as_numbers(values):
+    try:
+        return values.astype(float)
+    except (ValueError, TypeError):
+        return None
+
+
+# ------------------------------------------------------------------ count tables
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Confusion counts at each threshold; all arrays broadcast against each other.
+
+    Attributes
+    ----------
+    threshold : ndarray of float, shape (T,), ascending
+    tp, fp : ndarray, shape (..., T)
+        True and false positives: cases with ``score >= threshold``.
+    n_positive, n_negative : number, or ndarray of shape (..., 1)
+    """
+
+    threshold: np.ndarray
+    tp: np.ndarray
+    fp: np.ndarray
+    n_positive: int
+    n_negative: int
+
+    @property
+    def fn(self):
+        return self.n_positive - self.tp
+
+    @property
+    def tn(self):
+        return self.n_negative - self.fp
+
+    def __getitem__(self, index):
+        return replace(
+            self,
+            threshold=self.threshold[index],
+            tp=self.tp[..., index],
+            fp=self.fp[..., index],
+        )
+
+    def at_prevalence(self, share):
+        """The same tpr and fpr in a population with this share of positives."""
+        tpr, fpr = self.tp / self.n_positive, self.fp / self.n_negative
+        return Counts(self.threshold, tpr * share, fpr * (1 - share), share, 1 - share)
+
+
+def count_cells(labels, scores, chunk=1 << 15):
+    """Count the scores of each class between the grid's thresholds, in one pass.
+
+    Parameters
+    ----------
+    labels : ndarray of bool, shape (n,)
+    scores : ndarray of float, shape (n,), in [0, 1]
+        Compared in their own precision, so that a float32 0.30 reaches 0.30.
+
+    Returns
+    -------
+    ndarray of int64, shape (2, 82)
+        ``[c, j]``: cases of class c whose score reaches exactly j thresholds.
+    """
+    thresholds = GRID.astype(scores.dtype)
+    following = np.append(thresholds, np.inf).astype(scores.dtype)
+    # Multiplying by a power of two is exact, and no 1/128 holds two thresholds:
+    # a look-up gives the count up to the score's 1/128, one comparison the rest.
+    steps = np.arange(129, dtype=scores.dtype) / 128
+    reached = np.searchsorted(thresholds, steps, side="right").astype(np.int16)
+    cells = np.zeros(2 * following.size, np.int64)
+    for start in range(0, scores.size, chunk):
+        part = scores[start : start + chunk]
+        index = reached[(part * 128).astype(np.int16)]
+        index += part >= following[index]
+        index += following.size * labels[start : start + chunk].astype(np.int16)
+        cells += np.bincount(index, minlength=cells.size)
+    return cells.reshape(2, -1)
+
+
+def counts_at(cells, thresholds):
+    """Confusion counts from cells of shape (..., 2, T + 1)."""
+    reaching = cells[..., ::-1].cumsum(-1)[..., ::-1]
+    negative, positive = reaching[..., 0, :], reaching[..., 1, :]
+    return Counts(
+        thresholds, positive[..., 1:], negative[..., 1:], positive[..., :1], negative[..., :1]
+    )
+
+
+def sort_with_labels(labels, scores):
+    """Scores in ascending order (float64) with their labels."""
+    scores = scores.astype(np.float64) + 0.0  # a copy; -0.0 becomes 0.0
+    if scores.min() < 0 or scores.max() > 1:
+        order = np.argsort(scores)
+        return scores[order], labels[order]
+    # The bits of floats in [0, 1] sort like integers and leave the top two bits
+    # free, so the label fits in below them: one plain sort, 5 times an argsort's speed.
+    keys = scores.view(np.int64)
+    keys <<= 1
+    keys |= labels
+    keys.sort()
+    labels = (keys & 1).astype(bool)
+    keys >>= 1
+    return keys.view(np.float64), labels
+
+
+def count_distinct(labels, scores):
+    """Confusion counts at every distinct score and, last, at "predict nobody".
+
+    That last threshold is the next float above the highest score. Equal scores
+    are one threshold: no rule can tell them apart.
+    """
+    ordered, positive = sort_with_labels(labels, scores)
+    first = np.flatnonzero(np.append(True, ordered[1:] != ordered[:-1]))
+    positives_below = np.append(0, np.cumsum(positive))[np.append(first, ordered.size)]
+    n_positive = int(positives_below[-1])
+    n_negative = ordered.size - n_positive
+    nobody = np.nextafter(scores.max(), np.inf, dtype=scores.dtype)
+    return Counts(
+        np.append(ordered[first], np.float64(nobody)),
+        n_positive - positives_below,
+        n_negative - (np.append(first, ordered.size) - positives_below),
+        n_positive,
+        n_negative,
+    )
+
+
+def counts_from(distinct, thresholds):
+    """Confusion counts at any thresholds, looked up among those of every score."""
+    found = distinct[np.searchsorted(distinct.threshold, thresholds).clip(max=len(distinct.tp) - 1)]
+    return replace(found, threshold=np.asarray(thresholds))
+
+
+def cells_from(counts):
+    """The count table (2, T + 1) of confusion counts of shape (T,)."""
+    ends = [(counts.n_negative, counts.fp), (counts.n_positive, counts.tp)]
+    return np.array([-np.diff(np.concatenate([[n], k, [0]])) for n, k in ends])
+
+
+# ----------------------------------------------------------------------- metrics
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What makes a threshold good: the metric, its weights and the limits."""
+
+    metric: str = "f1"
+    beta: float = 2.0
+    fp_cost: float = 1.0
+    fn_cost: float = 1.0
+    prevalence: float | None = None
+    min_precision: float | None = None
+    min_recall: float | None = None
+    max_alert_rate: float | None = None
+
+
+def ratio(a, b):
+    """a / b, and 0 where b is 0 (no alert, say, has precision 0)."""
+    a, b = np.broadcast_arrays(np.asarray(a, float), np.asarray(b, float))
+    return np.divide(a, b, out=np.zeros(a.shape), where=b != 0)
+
+
+def _f_beta(c, beta):
+    # Never 2PR / (P + R): that is 0/0 where nothing is predicted.
+    return ratio((1 + beta**2) * c.tp, (1 + beta**2) * c.tp + beta**2 * c.fn + c.fp)
+
+
+def _mcc(c, o):
+    # Two square roots: the product of four counts overflows from 50,000 cases on.
+    scale = np.sqrt(1.0 * (c.tp + c.fp) * c.n_positive)
+    return ratio(1.0 * c.tp * c.tn - 1.0 * c.fp * c.fn,
+                 scale * np.sqrt(1.0 * (c.tn + c.fn) * c.n_negative))  # fmt: skip
+
+
+def _kappa(c, o):
+    agreement, chance = 2.0 * (c.tp * c.tn - 1.0 * c.fp * c.fn), (
+        1.0 * (c.tp + c.fp) * c.n_negative + 1.0 * (c.fn + c.tn) * c.n_positive
+    )
+    return ratio(agreement, chance)
+
+
+def _net_benefit(c, o):
+    """Vickers and Elkin 2006: a false alarm weighs t / (1 - t) of a hit."""
+    t = np.where((c.threshold >= 0) & (c.threshold < 1), c.threshold, np.nan)
+    return (c.tp - c.fp * (t / (1 - t))) / total(c)
+
+
+def total(c):
+    return c.n_positive + c.n_negative
+
+
+# Each takes counts (or shares) and the objective; all but cost are better when higher.
+METRICS = {
+    "precision": lambda c, o: ratio(c.tp, c.tp + c.fp),
+    "recall": lambda c, o: ratio(c.tp, c.n_positive),
+    "specificity": lambda c, o: ratio(c.tn, c.n_negative),
+    "f1": lambda c, o: _f_beta(c, 1),
+    "youden_j": lambda c, o: ratio(c.tp, c.n_positive) - ratio(c.fp, c.n_negative),
+    "balanced_accuracy": lambda c, o: (
+        ratio(c.tp, c.n_positive) + ratio(c.tn, c.n_negative)
+    ) / 2,
+    "accuracy": lambda c, o: ratio(c.tp + c.tn, total(c)),
+    "f_beta": lambda c, o: _f_beta(c, o.beta),
+    "mcc": _mcc,
+    "cohen_kappa": _kappa,
+    "cost": lambda c, o: (o.fp_cost * c.fp + o.fn_cost * c.fn) / total(c),
+    "net_benefit": _net_benefit,
+    "alert_rate": lambda c, o: ratio(c.tp + c.fp, total(c)),
+}  # fmt: skip
+NAMES = {
+    "f1": "F1", "f_beta": "F-beta", "youden_j": "Youden's J", "mcc": "Matthews corr.",
+    "cohen_kappa": "Cohen's kappa",
+}  # fmt: skip
+LIMITS = {
+    "min_precision": ("precision", 1),
+    "min_recall": ("recall", 1),
+    "max_alert_rate": ("alert_rate", -1),
+}
+
+
+def name_of(metric):
+    return NAMES.get(metric, metric.replace("_", " "))
+
+
+def measure(metric, counts, objective):
+    """The metric at each threshold, at the objective's class balance; shape (..., T)."""
+    if objective.prevalence is not None:
+        counts = counts.at_prevalence(objective.prevalence)
+    return METRICS[metric](counts, objective)
+
+
+# ------------------------------------------------------------- the best threshold
+
+
+def direction(objective):
+    """1 where a higher metric is better, -1 for the cost."""
+    return -1 if objective.metric == "cost" else 1
+
+
+def goodness(counts, objective):
+    """The metric, turned so that higher is better; shape (..., T)."""
+    return direction(objective) * measure(objective.metric, counts, objective)
+
+
+def shortfall(counts, objective):
+    """By how much each threshold misses the limits, summed; 0 where it keeps them."""
+    missing = np.zeros(np.shape(counts.tp))
+    for limit, (metric, sign) in LIMITS.items():
+        wanted = getattr(objective, limit)
+        if wanted is not None:
+            value = measure(metric, counts, objective)
+            missing = missing + np.maximum(0, sign * (wanted - value) - TOLERANCE)
+    return missing
+
+
+def eligible(counts, objective):
+    """Goodness, and -inf where a limit is missed or the metric has no value."""
+    values = goodness(counts, objective)
+    return np.where((shortfall(counts, objective) > 0) | np.isnan(values), -np.inf, values)
+
+
+def choose(values):
+    """Index of the best value along the last axis; of several, the middle one."""
+    tied = values >= values.max(-1, keepdims=True) - TOLERANCE
+    middle = (tied.sum(-1, keepdims=True) + 1) // 2
+    return (tied.cumsum(-1, dtype=np.int32) >= middle).argmax(-1)
+
+
+def run_around(mask, index):
+    """First and last index of the run of True in ``mask`` that holds ``index``."""
+    gaps = np.flatnonzero(~np.concatenate([[False], mask, [False]])) - 1
+    after = np.searchsorted(gaps, index)
+    return [gaps[after - 1] + 1, gaps[after] - 1]
+
+
+def find_best(counts, objective, piece=1 << 16):
+    """Index of the best threshold that keeps the limits.
+
+    Raises
+    ------
+    UserError
+        If none does; the text gives the closest attainable.
+    """
+    # Pieces that fit the cache: twice as fast at ten million distinct scores.
+    pieces = [counts[i : i + piece] for i in range(0, counts.tp.size, piece)]
+    values = np.concatenate([eligible(part, objective) for part in pieces])
+    best = int(choose(values))
+    if np.isfinite(values[best]):
+        return best
+    given = {limit: getattr(objective, limit) for limit in LIMITS}
+    given = [f"--{k.replace('_', '-')} {v:g}" for k, v in given.items() if v is not None]
+    if not given:
+        raise UserError("net_benefit has no value at these scores: choose another --metric")
+    closest = entry(counts, objective, int(shortfall(counts, objective).argmin()))
+    raise UserError(
+        f"no threshold satisfies {' and '.join(given)}; the closest is "
+        f"{closest['threshold']:.6g} with precision {closest['precision']:.4f}, recall "
+        f"{closest['recall']:.4f}, alert rate {closest['alert_rate']:.4f}: relax a limit"
+    )
+
+
+def entry(counts, objective, index):
+    """One threshold as plain values: its counts, every metric, the objective's value."""
+    one = counts[index : index + 1]
+    values = {metric: float(measure(metric, one, objective)[0]) for metric in METRICS}
+    return {
+        "threshold": float(one.threshold[0]),
+        **{key: int(np.ravel(getattr(one, key))[0]) for key in ("tp", "fp", "fn", "tn")},
+        **values,
+        "value": values[objective.metric],
+    }
+
+
+# -------------------------------------------------------------------- how sure
+
+
+def interval(draws, **how):
+    """95 % percentile interval over the first axis; shape (2, ...)."""
+    return np.quantile(draws, LEVELS, axis=0, **how)
+
+
+def bootstrap(cells, thresholds, objective, chosen, default, seed):
+    """Intervals from resampling all cases with replacement (Efron and Tibshirani 1993).
+
+    Drawing n rows with replacement is one multinomial draw over the cells of
+    the count table, whatever n is. The optimism of choosing and scoring on the
+    same cases is estimated as by Harrell, Lee and Mark (1996).
+
+    Parameters
+    ----------
+    cells : ndarray of int, shape (2, T + 1)
+    chosen, default : int
+        Indices of the threshold chosen on all cases, and of 0.5 (or None).
+
+    Returns
+    -------
+    dict
+        95 % intervals of the ``threshold`` (chosen anew in each replicate), of
+        the ``value`` of the chosen one and of its paired ``gain`` over 0.5;
+        ``optimism`` and ``gain_optimism``; ``bands``, (2, T) for each plotted
+        metric; the numbers of ``replicates`` used and ``dropped``.
+    """
+    rng = np.random.default_rng(derive_seed(seed, 1))
+    drawn = rng.multinomial(cells.sum(), cells.ravel() / cells.sum(), size=REPLICATES)
+    drawn = drawn.reshape(REPLICATES, *cells.shape)
+    drawn = drawn[(drawn.sum(-1) > 0).all(-1)]  # without one class there is no recall
+    counts = counts_at(drawn, thresholds)
+    values = eligible(counts, objective)
+    usable = np.isfinite(values).any(-1)  # a replicate may miss the limits everywhere
+    picks, rows = choose(values[usable]), np.arange(usable.sum())
+    here = goodness(counts, objective)[usable]
+    there = goodness(counts_at(cells, thresholds), objective)
+    sign = direction(objective)
+    result = {
+        "replicates": rows.size,
+        "dropped": REPLICATES - rows.size,
+        "threshold": interval(thresholds[picks], method="inverted_cdf"),
+        "value": np.sort(sign * interval(here[:, chosen])),
+        "optimism": sign * (here[rows, picks] - there[picks]).mean(),
+        "bands": {
+            metric: interval(measure(metric, counts, objective))
+            for metric in {*CURVES, objective.metric}
+        },
+    }
+    if default is not None:
+        gains, plain = here - here[:, [default]], there - there[default]
+        result["gain"] = interval(gains[:, chosen])
+        result["gain_optimism"] = (gains[rows, picks] - plain[picks]).mean()
+    return result
+
+
+def hold_out(cells, share, seed):
+    """Split the cases at random, by class, into a choosing and a scoring part.
+
+    From which cells a random split takes its cases is a multivariate
+    hypergeometric draw, so no row has to be touched.
+
+    Returns
+    -------
+    list of two ndarrays of int64, each (2, T + 1)
+        Choosing part, scoring part; both have cases of each class if each
+        class has at least two.
+    """
+    totals = cells.sum(-1)
+    sizes = np.clip(np.round(totals * share), 1, totals - 1).astype(int)
+    rng = np.random.default_rng(derive_seed(seed, 2))
+    scoring = np.array([
+        rng.multivariate_hypergeometric(row, size, method="marginals")
+        for row, size in zip(cells, sizes)
+    ])  # fmt: skip
+    return [cells - scoring, scoring]
+
+
+def check_holdout(cells, thresholds, objective, default, share, seed):
+    """What a threshold chosen on one part of the cases does on the other part."""
+    if cells.sum(-1).min() < 2:
+        return None
+    choosing, scoring = (counts_at(c, thresholds) for c in hold_out(cells, share, seed))
+    values = eligible(choosing, objective)
+    chosen = int(choose(values))
+    if not np.isfinite(values[chosen]):
+        return None
+    good = goodness(scoring, objective)
+    return entry(scoring, objective, chosen) | {
+        "share": share,
+        "n": int(scoring.n_positive[0] + scoring.n_negative[0]),
+        "value_where_chosen": entry(choosing, objective, chosen)["value"],
+        "gain": None if default is None else good[chosen] - good[default],
+    }
+
+
+# ----------------------------------------------------------------- calibration
+
+
+def calibration(labels, scores):
+    """Expected calibration error over ten equal-width bins (Naeini et al. 2015).
+
+    Returns
+    -------
+    dict
+        ``ece`` in [0, 1]; ``bins``: of each bin that holds a case its
+        ``count``, mean ``score`` and ``share`` of positives.
+    """
+    index = np.minimum((scores * BINS).astype(np.int8), BINS - 1)
+    count = np.bincount(index, minlength=BINS)
+    share, score = (
+        np.bincount(index, weights=values, minlength=BINS)[count > 0] / count[count > 0]
+        for values in (labels, scores)
+    )
+    count = count[count > 0]
+    ece = (count * abs(share - score)).sum() / count.sum()
+    return {"ece": ece, "bins": {"count": count, "score": score, "share": share}}
+
+
+def check_theory(distinct, best, objective):
+    """Where calibrated probabilities would have the optimum, and what using it loses.
+
+    F1: half the best F1 (Lipton, Elkan and Naryanaswamy 2014). Cost:
+    c_FP / (c_FP + c_FN) (Elkan 2001). None for the other metrics, and at a
+    class balance other than the one in which the scores were made.
+    """
+    expected = {
+        "f1": best["f1"] / 2,
+        "cost": objective.fp_cost / (objective.fp_cost + objective.fn_cost),
+    }.get(objective.metric if objective.prevalence is None else None)
+    if expected is None:
+        return {"expected_threshold": None, "expected_loss": None}
+    there = entry(counts_from(distinct, np.array([expected])), objective, 0)
+    loss = direction(objective) * (best["value"] - there["value"])
+    return {"expected_threshold": expected, "expected_loss": loss}
+
+
+# ----------------------------------------------------------- the whole analysis
+
+
+def analyse(labels, scores, objective, exact=False, share=0.5, seed=0):
+    """Every number of a run; nothing is printed, drawn or written.
+
+    Parameters
+    ----------
+    labels : ndarray of bool, shape (n,)
+    scores : ndarray of float, shape (n,)
+    exact : bool
+        Also search all distinct scores; needed for scores outside [0, 1].
+    share : float in (0, 1)
+        Share of the cases on which the choice of the others is scored.
+
+    Returns
+    -------
+    summary : dict
+        What summary.json holds, apart from the description of the input.
+    counts, distinct : Counts
+        At the thresholds of the table, and at every distinct score.
+    bands : dict of ndarray, shape (2, T)
+        95 % bootstrap band of each plotted metric.
+    """
+    probabilities = bool(scores.min() >= 0 and scores.max() <= 1)
+    if not (probabilities or exact):
+        raise UserError(
+            f"the scores run from {scores.min():.6g} to {scores.max():.6g}: give "
+            "probabilities in [0, 1], or add --exact for other scores"
+        )
+    distinct = count_distinct(labels, scores)
+    thresholds = GRID if probabilities else quantiles(distinct)
+    default = int(np.searchsorted(GRID, 0.5)) if probabilities else None
+    cells = (
+        count_cells(labels, scores) if probabilities
+        else cells_from(counts_from(distinct, thresholds))
+    )  # fmt: skip
+    counts = counts_at(cells, thresholds)
+    chosen = find_best(counts, objective)
+    sure = bootstrap(cells, thresholds, objective, chosen, default, seed)
+    summary = {
+        "n": int(cells.sum()),
+        "n_positive": int(cells[1].sum()),
+        **asdict(objective),
+        **areas(distinct, objective),
+        **describe_choice(counts, objective, chosen, default, sure),
+        "holdout": check_holdout(cells, thresholds, objective, default, share, seed),
+        "exact": None,
+        "calibration": None,
+        "balances": other_balances(counts, default),
+    }
+    if exact:
+        summary["exact"] = entry(distinct, objective, find_best(distinct, objective))
+        loss = summary["exact"]["value"] - summary["best"]["value"]
+        summary["exact"]["grid_loss"] = direction(objective) * loss
+    if probabilities:
+        theory = check_theory(distinct, summary["best"], objective)
+        summary["calibration"] = calibration(labels, scores) | theory
+    return summary, counts, distinct, sure["bands"]
+
+
+def quantiles(distinct):
+    """81 scores that cut the cases into equal parts, from the lowest score on."""
+    reaching = distinct.tp + distinct.fp  # falls from n to 0
+    wanted = reaching[0] * (1 - np.arange(GRID.size) / GRID.size)
+    return distinct.threshold[np.searchsorted(-reaching, -wanted, side="right") - 1]
+
+
+def areas(distinct, objective):
+    """Areas under the ROC curve (trapezoids) and the precision-recall curve (steps)."""
+    recall, precision = (measure(m, distinct, objective) for m in ("recall", "precision"))
+    return {
+        "roc_auc": -np.trapezoid(recall, distinct.fp / distinct.n_negative),
+        "average_precision": -np.diff(recall) @ precision[:-1],
+    }
+
+
+def describe_choice(counts, objective, chosen, default, sure):
+    """The chosen threshold with its intervals, beside 0.5 and the other metrics' choices."""
+    values, good = eligible(counts, objective), goodness(counts, objective)
+    best = entry(counts, objective, chosen)
+    ranges = {
+        name: counts.threshold[run_around(values >= values[chosen] - loss, chosen)]
+        for name, loss in (("plateau", TOLERANCE), ("near_optimal", NEAR))
+    }
+    others = {metric: replace(objective, metric=metric) for metric in METRICS}
+    picks = {m: choose(eligible(counts, other)) for m, other in others.items()}
+    return {
+        "best": best | {
+            "threshold_interval": sure["threshold"],
+            "value_interval": sure["value"],
+            "value_corrected": best["value"] - sure["optimism"],
+        },
+        "default": None if default is None else entry(counts, objective, default),
+        "gain": None if default is None else {
+            "value": good[chosen] - good[default],
+            "interval": sure["gain"],
+            "corrected": good[chosen] - good[default] - sure["gain_optimism"],
+        },
+        "by_metric": {m: entry(counts, others[m], int(pick)) for m, pick in picks.items()},
+        **{name: {"low": low, "high": high} for name, (low, high) in ranges.items()},
+        "constraints": {limit: getattr(objective, limit) for limit in LIMITS},
+        "bootstrap": {key: sure[key] for key in ("replicates", "dropped")},
+    }  # fmt: skip
+
+
+def other_balances(counts, default):
+    """Best threshold, F1 there and F1 at 0.5 if other shares of cases were positive."""
+    rows = []
+    for share in BALANCES:
+        values = measure("f1", counts, Objective(prevalence=share))
+        best = int(choose(values))
+        rows.append({
+            "prevalence": share, "threshold": counts.threshold[best], "f1": values[best],
+            "f1_at_default": None if default is None else values[default],
+        })  # fmt: skip
+    return rows
+
+
+# ------------------------------------------------------------------------- plots
+
+CURVES = {
+    "precision": (BLUE, "--"), "recall": (ORANGE, "-."), "f1": (BLACK, "-"),
+    "youden_j": (GREEN, "--"), "balanced_accuracy": (PURPLE, "-."), "mcc": (SKY, ":"),
+}  # fmt: skip
+
+
+def plot_all(plt, summary, objective, counts, distinct, bands):
+    """The figures of a run by file name; curves are thinned after all is computed."""
+    thin = distinct[np.unique(np.linspace(0, distinct.tp.size - 1, 2000).astype(int))]
+    best, metric = summary["best"], objective.metric
+    mark = f"chosen {best['threshold']:.3g} ({name_of(metric)} {best['value']:.3f})"
+    low, high = summary["near_optimal"].values()
+    own = {m: f"{name_of(m)} {e['threshold']:.3g}" for m, e in summary["by_metric"].items()}
+    compared = list(dict.fromkeys(["f1", "youden_j", "balanced_accuracy", "mcc", metric]))
+    figures = {
+        "01_precision_recall_f1_vs_threshold": plot_thresholds(
+            plt, summary, objective, counts, bands, ["precision", "recall", "f1"], mark,
+            f"Any threshold from {low:.3g} to {high:.3g} is within {NEAR} "
+            f"of the best {name_of(metric)}",
+        ),
+        "02_precision_recall_curve": plot_precision_recall(plt, summary, objective, thin, mark),
+        "03_roc_curve": plot_roc(plt, summary, objective, thin, mark),
+        "04_metric_comparison": plot_thresholds(
+            plt, summary, objective, counts, bands, compared, mark,
+            "Best thresholds: " + ", ".join(own[m] for m in compared),
+        ),
+    }  # fmt: skip
+    if summary["calibration"]:
+        figures["05_reliability"] = plot_reliability(plt, summary["calibration"])
+    return figures
+
+
+def plot_thresholds(plt, summary, objective, counts, bands, metrics, mark, title):
+    """Metrics against the threshold, with bootstrap bands and the chosen point."""
+    figure, axes = plt.subplots()
+    best = summary["best"]
+    for metric in metrics:
+        color, style = CURVES.get(metric, (RED, "-"))
+        values = measure(metric, counts, objective)
+        axes.plot(counts.threshold, values, style, color=color, label=name_of(metric))
+        axes.fill_between(counts.threshold, *bands[metric], color=color, alpha=0.15, lw=0)
+        axes.plot(best["threshold"], best[metric], "o", color=color)
+    axes.axvline(best["threshold"], color=RED, lw=1, label=mark)
+    if summary["default"]:
+        axes.axvline(0.5, color="gray", lw=1.5, ls=":", label="default 0.5")
+    axes.set(xlabel="threshold", ylabel="value, with 95 % bootstrap band", title=title)
+    axes.legend(fontsize=9)
+    return figure
+
+
+def plot_precision_recall(plt, summary, objective, thin, mark):
+    """The precision-recall curve beside what chance would give."""
+    from sklearn.metrics import PrecisionRecallDisplay
+
+    figure, axes = plt.subplots(figsize=(6.4, 6))
+    best, share = summary["best"], objective.prevalence or summary["n_positive"] / summary["n"]
+    display = PrecisionRecallDisplay(
+        np.append(measure("precision", thin, objective)[:-1], 1),  # nobody: no false alarm
+        measure("recall", thin, objective),
+        average_precision=summary["average_precision"],
+        prevalence_pos_label=share,
+    )
+    display.plot(axes, name="precision-recall", curve_kwargs={"color": BLUE},
+                 plot_chance_level=True, chance_level_kw={"color": "gray"})  # fmt: skip
+    axes.plot(best["recall"], best["precision"], "o", color=RED, label=mark)
+    axes.set(
+        xlabel="recall", ylabel="precision",
+        title=f"At recall {best['recall']:.3f}, {best['precision']:.1%} of the alerts are right",
+    )  # fmt: skip
+    axes.legend(loc="lower left", fontsize=9)
+    return figure
+
+
+def plot_roc(plt, summary, objective, thin, mark):
+    """The ROC curve with its area."""
+    from sklearn.metrics import RocCurveDisplay
+
+    figure, axes = plt.subplots(figsize=(6.4, 6))
+    best = summary["best"]
+    fpr = 1 - measure("specificity", thin, objective)
+    display = RocCurveDisplay(
+        fpr=fpr, tpr=measure("recall", thin, objective), roc_auc=summary["roc_auc"]
+    )
+    display.plot(axes, name="ROC", curve_kwargs={"color": BLUE},
+                 plot_chance_level=True, chance_level_kw={"color": "gray"})  # fmt: skip
+    axes.plot(1 - best["specificity"], best["recall"], "o", color=RED, label=mark)
+    axes.set(
+        xlabel="false positive rate", ylabel="true positive rate (recall)",
+        title=f"A positive outscores a negative in {summary['roc_auc']:.1%} of pairs (AUC)",
+    )  # fmt: skip
+    axes.legend(loc="lower right", fontsize=9)
+    return figure
+
+
+def plot_reliability(plt, calibration):
+    """Share of positives against the mean score, above the number of cases per bin."""
+    figure, (axes, below) = plt.subplots(
+        2, sharex=True, figsize=(6.4, 6), height_ratios=(3, 1)
+    )
+    bins = calibration["bins"]
+    axes.plot([0, 1], [0, 1], ":", color="gray", label="perfectly calibrated")
+    axes.plot(bins["score"], bins["share"], "o-", color=BLUE, label="these scores")
+    axes.set(
+        ylabel="share of positives",
+        title=f"Scores are off by {calibration['ece']:.3f} on average "
+        "(expected calibration error)",
+    )
+    axes.legend(fontsize=9)
+    below.bar(bins["score"], bins["count"], width=0.06, color=SKY)
+    below.set(xlabel="mean score in each tenth of [0, 1]", ylabel="cases", xlim=(0, 1))
+    return figure
+
+
+# --------------------------------------------------------------------- narration
+
+
+def narrate(summary, objective, counts):
+    """Tell the story of a run in numbered steps; text only from its numbers."""
+    best, default, gain = summary["best"], summary["default"], summary["gain"]
+    say("", "2. The best threshold")
+    tell(headline(summary, objective))
+    say("", *metric_table(summary, objective), "")
+    tell(
+        f"At {best['threshold']:.4g}: {best['tp']:,} hits, {best['fp']:,} false alarms, "
+        f"{best['fn']:,} misses, {best['tn']:,} correct rejections. ROC AUC "
+        f"{summary['roc_auc']:.4f}, average precision {summary['average_precision']:.4f} "
+        "do not depend on the threshold."
+    )
+    if exact := summary["exact"]:
+        tell(
+            f"Of all distinct scores the best is {exact['threshold']:.9g} with "
+            f"{name_of(objective.metric)} {exact['value']:.6f}"
+            + ", which predicts nobody" * (exact["tp"] + exact["fp"] == 0)
+            + f"; keeping to the table costs {exact['grid_loss']:.6f}."
+        )
+    say("", "3. What moving the threshold does")
+    for line in trade_offs(counts, objective, best):
+        tell(line)
+    say("", "4. How sure this is")
+    for line in certainty(summary, objective):
+        tell(line)
+    if summary["calibration"]:
+        say("", "5. Are the scores probabilities?")
+        tell(calibration_text(summary, objective))
+    say("", "6. Which metric when")
+    tell(
+        "F1 when only the positives matter and both errors weigh alike; Youden's J or "
+        "balanced accuracy when both classes matter alike whatever their sizes; cost or "
+        "net benefit when you can price the errors; precision or recall as a limit "
+        "(--min-precision, --min-recall) when one is promised."
+    )
+    say("", "7. If the classes were balanced otherwise (same scores, best F1)")
+    say(*balance_table(summary))
+    say("", "8. What the errors of this run suggest")
+    for line in suggestions(summary, objective):
+        tell(f"- {line}")
+
+
+def headline(summary, objective):
+    """The result in one sentence: value, default, difference, uncertainty."""
+    best, default, gain = summary["best"], summary["default"], summary["gain"]
+    text = (
+        f"{name_of(objective.metric)} is best at {best['threshold']:.4g}: "
+        f"{best['value']:.4f} (95 % interval {span(best['value_interval'])})."
+    )
+    if default is None:
+        return text + " There is no default of 0.5 for scores outside [0, 1]."
+    text += f" At the default 0.5 it is {default['value']:.4f}."
+    if best["threshold"] == default["threshold"]:
+        return text + " The default is the best: nothing is to be gained."
+    low, high = gain["interval"]
+    change = f"The gain of {gain['value']:+.4f} (95 % interval {low:+.4f} to {high:+.4f}"
+    change += f"; {gain['corrected']:+.4f} when corrected for optimism)"
+    if not worth_having(gain):
+        return f"{text} {change} cannot be told from zero: keep 0.5."
+    if gain["value"] < NEAR:
+        return f"{text} {change} is real but hardly worth having."
+    return f"{text} {change} is worth having."
+
+
+def worth_having(gain):
+    """Whether the gain over 0.5 can be told from zero."""
+    return gain["interval"][0] > 0 and gain["corrected"] > 0
+
+
+def span(pair):
+    return f"{pair[0]:.4f} to {pair[1]:.4f}"
+
+
+def metric_table(summary, objective):
+    """The choice of each main metric, a line each; the run's own metric first."""
+    yield "  best for            threshold  value  precision  recall  specificity"
+    for metric in dict.fromkeys([objective.metric, "f1", "youden_j", "balanced_accuracy"]):
+        e = summary["by_metric"][metric]
+        yield (
+            f"  {name_of(metric):<18} {e['threshold']:>10.4g} {e['value']:>6.3f} "
+            f"{e['precision']:>10.3f} {e['recall']:>7.3f} {e['specificity']:>12.3f}"
+        )
+
+
+def trade_offs(counts, objective, best):
+    """What 0.1 more or less (10 rows of a table of quantiles) does."""
+    here = np.searchsorted(counts.threshold, best["threshold"])
+    for index in (here - 10, here + 10):
+        if 0 <= index < counts.threshold.size:
+            e = entry(counts, objective, index)
+            yield (
+                f"To {e['threshold']:.4g}: precision {best['precision']:.3f} -> "
+                f"{e['precision']:.3f}, recall {best['recall']:.3f} -> {e['recall']:.3f}; "
+                f"{e['fp'] - best['fp']:+,} false alarms, {e['fn'] - best['fn']:+,} misses."
+            )
+
+
+def certainty(summary, objective):
+    """Interval, plateau and hold-out, a sentence each."""
+    best, drawn, held = summary["best"], summary["bootstrap"], summary["holdout"]
+    low, high = best["threshold_interval"]
+    near = summary["near_optimal"]
+    yield (
+        f"Choosing again on {drawn['replicates']:,} resamples of the cases gives thresholds "
+        f"from {low:.4g} to {high:.4g} (95 %)"
+        + f"; {drawn['dropped']} unusable resamples were dropped" * (drawn["dropped"] > 0)
+        + f". From {near['low']:.4g} to {near['high']:.4g} the loss is at most {NEAR}. "
+        f"Corrected for optimism the value is {best['value_corrected']:.4f}."
+    )
+    if held is None:
+        yield "There are too few cases to choose on one part and score on the other."
+    else:
+        yield (
+            f"Chosen on a part of the cases ({held['threshold']:.4g}, "
+            f"{held['value_where_chosen']:.4f}) and scored on the other {held['n']:,}: "
+            f"{held['value']:.4f}"
+            + (f", {held['gain']:+.4f} over 0.5." if held["gain"] is not None else ".")
+        )
+
+
+def calibration_text(summary, objective):
+    """The calibration error, and what theory makes of the optimum found."""
+    found, best = summary["calibration"], summary["best"]
+    text = f"The expected calibration error is {found['ece']:.3f}."
+    expected, loss = found["expected_threshold"], found["expected_loss"]
+    if expected is None:
+        return text
+    rule = "half the best F1" if objective.metric == "f1" else "c_FP / (c_FP + c_FN)"
+    text += f" For true probabilities the best threshold is {rule} = {expected:.3f}; "
+    if abs(loss) <= NEAR:
+        return text + f"using it here would lose only {loss:.4f}: no contradiction."
+    return text + (
+        f"here {best['threshold']:.4g} is better by {loss:.4f}, so the scores are not "
+        "calibrated: do not read them as probabilities, or recalibrate them."
+    )
+
+
+def balance_table(summary):
+    yield "  positives  threshold     F1  F1 at 0.5"
+    for row in summary["balances"]:
+        plain = row["f1_at_default"]
+        yield (
+            f"  {row['prevalence']:>9.0%} {row['threshold']:>10.4g} {row['f1']:>6.3f} "
+            + (f"{plain:>10.3f}" if plain is not None else "         -")
+        )
+
+
+def suggestions(summary, objective):
+    """What to try next, from this run's false positives and false negatives."""
+    best, fp, fn = summary["best"], summary["best"]["fp"], summary["best"]["fn"]
+    if fp > 1.5 * fn:
+        yield (
+            f"False alarms lead ({fp:,} against {fn:,} misses). If they are what hurts, "
+            f"try --min-precision {min(best['precision'] + 0.05, 0.99):.2f} or a --fp-cost "
+            "above 1, and look at the highest-scoring negatives for wrong labels."
+        )
+    elif fn > 1.5 * fp:
+        yield (
+            f"Misses lead ({fn:,} against {fp:,} false alarms). If they are what hurts, "
+            f"try --min-recall {min(best['recall'] + 0.05, 0.99):.2f} or an --fn-cost above "
+            "1, and look at the lowest-scoring positives for a missing feature."
+        )
+    else:
+        yield (
+            f"False alarms ({fp:,}) and misses ({fn:,}) are of similar number: no threshold "
+            "removes one kind without adding the other; better scores are needed."
+        )
+    found, gain = summary["calibration"], summary["gain"]
+    if found and found["ece"] > 0.05:
+        yield (
+            f"The scores are off by {found['ece']:.2f} as probabilities: calibrate them "
+            "(Platt scaling, isotonic regression) before reading them as risks."
+        )
+    if gain and not worth_having(gain):
+        yield "Moving away from 0.5 buys nothing that can be told from zero here."
+    low, high = best["threshold_interval"]
+    if high - low > 0.1:
+        yield (
+            f"The threshold is only known to lie from {low:.4g} to {high:.4g}: collect more "
+            "labelled cases before relying on its exact value."
+        )
+
+
+# ------------------------------------------------------------------ command line
+
+
+def parse_arguments(argv):
+    parser = argparse.ArgumentParser(
+        description="Find the decision threshold of a binary classifier.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    source = parser.add_argument_group("simulated scores").add_argument
+    source("--scenario", choices=SCENARIOS, default="balanced", help="score distributions")
+    source("--n-samples", type=integer(2), default=10_000, help="cases")
+    source("--positive-rate", type=number(0, 1, "()"), default=0.3, help="share of positives")
+    source = parser.add_argument_group("your own scores").add_argument
+    source("--scores", type=Path, help="CSV file with a header, or NPZ file")
+    source("--label-column", default="y_true", help="column or array of labels")
+    source("--score-column", default="y_score", help="column or array of scores")
+    source("--positive", help="the label that is positive; all others are negative")
+    goal = parser.add_argument_group("what is best").add_argument
+    goal("--metric", choices=METRICS, default="f1", help="column of thresholds.csv to optimise")
+    goal("--beta", type=number(0, ends="()"), default=2.0, help="recall weight of f_beta")
+    goal("--fp-cost", type=number(0), default=1.0, help="cost of a false alarm")
+    goal("--fn-cost", type=number(0), default=1.0, help="cost of a miss")
+    goal("--min-precision", type=number(0, 1), help="limit")
+    goal("--min-recall", type=number(0, 1), help="limit")
+    goal("--max-alert-rate", type=number(0, 1), help="limit on the share called positive")
+    goal("--prevalence", type=number(0, 1, "()"), help="share of positives to assume")
+    goal("--exact", action="store_true", help="also search all distinct scores")
+    add("--holdout", type=number(0, 1, "()"), default=0.5, help="share of cases that scores")
+    add("--seed", type=integer(0), default=0, help="of the simulation and the resampling")
+    add("--output-dir", type=Path, default=Path("outputs/part1"), help="where to write")
+    add("--show", action="store_true", help="show the plots in windows, too")
+    arguments = parser.parse_args(argv)
+    if arguments.fp_cost + arguments.fn_cost == 0:
+        parser.error("--fp-cost and --fn-cost are both 0: one must be above")
+    return arguments
+
+
+@command
+def main(argv=None):
+    """Get scores, analyse them, tell, draw and save."""
+    a = parse_arguments(argv)
+    if a.scores:
+        labels, scores = read_scores(a.scores, a.label_column, a.score_column, a.positive)
+        source = {"source": str(a.scores), "scenario": None}
+    else:
+        labels, scores = simulate_scores(a.n_samples, a.positive_rate, a.scenario, a.seed)
+        source = {"source": SCENARIOS[a.scenario][1], "scenario": a.scenario}
+    objective = Objective(**{f.name: getattr(a, f.name) for f in fields(Objective)})
+    summary, counts, distinct, bands = analyse(
+        labels, scores, objective, a.exact, a.holdout, a.seed
+    )
+    summary = source | {"seed": a.seed} | summary
+    folder = output_folder(a.output_dir)
+    say("1. The scores")
+    tell(
+        f"{'Read from' if a.scores else 'Simulated:'} {source['source']}; {labels.size:,} "
+        f"cases, {labels.sum():,} positive ({labels.mean():.1%}), seed {a.seed}."
+    )
+    narrate(summary, objective, counts)
+    say("", f"9. Files in {folder}")
+    write_tables(folder, summary, objective, counts, None if a.scores else (labels, scores))
+    plt = load_pyplot(a.show)
+    for name, figure in plot_all(plt, summary, objective, counts, distinct, bands).items():
+        save_figure(figure, folder / f"{name}.png")
+        say(f"  {name}.png")
+    finish_figures(plt, a.show)
+
+
+def write_tables(folder, summary, objective, counts, simulated):
+    """summary.json, thresholds.csv and, of a simulation, scores.csv."""
+    columns = {key: getattr(counts, key) for key in ("threshold", "tp", "fp", "fn", "tn")}
+    columns |= {metric: measure(metric, counts, objective) for metric in METRICS}
+    write_json(folder / "summary.json", summary)
+    write_csv(folder / "thresholds.csv", columns)
+    if simulated:
+        labels, scores = simulated
+        write_csv(folder / "scores.csv", {"y_true": labels.astype(int), "y_score": scores})
+    say("  summary.json, thresholds.csv" + ", scores.csv" * bool(simulated))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,423 @@
+"""What both scripts share: errors, output files, plots, seeds, devices, checkpoints.
+
+Importing this file loads neither torch nor matplotlib: the functions that need
+them import them when they are called, so that part 1 never waits for torch.
+"""
+
+import argparse
+import csv
+import functools
+import hashlib
+import io
+import json
+import math
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import textwrap
+import time
+import urllib.request
+import zipfile
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+
+# ---------------------------------------------------------------- command line
+
+
+class UserError(Exception):
+    """What the user can mend, in one line: what is wrong and what to do."""
+
+
+class RunFailed(Exception):
+    """The run itself went wrong (a loss that is not finite): exit status 1."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C, after everything worth keeping was saved; the text says what to do."""
+
+
+def command(main):
+    """Turn the end of ``main(argv)`` into an exit status, without a traceback.
+
+    Returns
+    -------
+    callable
+        ``main`` with status 0 (done), 1 (the run failed), 2 (the user can mend
+        it) or 130 (Ctrl-C).
+    """
+
+    @functools.wraps(main)
+    def wrapped(argv=None):
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            # A log shows each line at once; a terminal without UTF-8 shows a
+            # foreign column name as \xe9 instead of ending the run.
+            sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
+        try:
+            main(argv)
+            return 0
+        except (UserError, RunFailed) as error:
+            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+            return 2 if isinstance(error, UserError) else 1
+        except KeyboardInterrupt as stop:
+            print(f"\ninterrupted{f': {stop}' if str(stop) else ''}", file=sys.stderr)
+            return 130
+
+    return wrapped
+
+
+def integer(low, high=math.inf):
+    """argparse type: a whole number in [low, high]."""
+
+    def parse(text):
+        try:
+            value = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+        return _in_range(value, text, low, high, f"of at least {low}")
+
+    return parse
+
+
+def number(low, high=math.inf, ends="[]"):
+    """argparse type: a finite number from ``low`` to ``high``; ``ends`` as in [0, 1)."""
+    span = f"in {ends[0]}{low}, {high}{ends[1]}".replace("inf]", "inf)")
+
+    def parse(text):
+        try:
+            value = float(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+        excluded = (value == low and ends[0] == "(") or (value == high and ends[1] == ")")
+        return _in_range(math.nan if excluded else value, text, low, high, span)
+
+    return parse
+
+
+def _in_range(value, text, low, high, span):
+    if not (low <= value <= high and math.isfinite(value)):
+        raise argparse.ArgumentTypeError(f"{text} is out of range: give one {span}")
+    return value
+
+
+# --------------------------------------------------------------------- console
+
+
+def say(*lines):
+    """Print each line at once; if the reader has gone (``| head``), go on in silence."""
+    try:
+        print(*lines, sep="\n", flush=True)
+    except OSError:
+        # The results are in files; a closed pipe or a full log must not end a run.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def tell(text):
+    """Print a paragraph, wrapped to the terminal (80 columns at most) and indented."""
+    width = min(80, shutil.get_terminal_size().columns)
+    say(textwrap.fill(text, max(width, 30), initial_indent="  ", subsequent_indent="  "))
+
+
+def on_terminal():
+    """Whether standard output is a terminal, where a line may be drawn over."""
+    return bool(sys.stdout) and sys.stdout.isatty()
+
+
+def show_progress(text):
+    """Draw ``text`` over the current line; nothing where that cannot be done."""
+    if on_terminal():
+        print(f"\r\033[K{text}", end="", flush=True)
+
+
+@contextmanager
+def ctrl_c():
+    """Yield a list that Ctrl-C fills, so that a loop can stop where it is safe.
+
+    A second Ctrl-C ends the program at once.
+    """
+    pressed = []
+
+    def first(signum, frame):
+        pressed.append(signum)
+        signal.signal(signal.SIGINT, before)
+
+    before = signal.signal(signal.SIGINT, first)
+    try:
+        yield pressed
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+# ----------------------------------------------------------------------- files
+
+
+def output_folder(path):
+    """Make the folder ``path`` and see that it can be written to.
+
+    Raises
+    ------
+    UserError
+        If it is a file, or cannot be made or written to.
+    """
+    path = Path(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"cannot write into the folder {path} ({error.strerror}): "
+            "choose another --output-dir"
+        ) from error
+    return path
+
+
+def write_bytes(path, data):
+    """Replace the file ``path``: at any moment it holds all old or all new bytes.
+
+    Raises
+    ------
+    UserError
+        If it cannot be written (a full disk, no permission); the old file stays.
+    """
+    beside = Path(path).with_name(f".{Path(path).name}.part")
+    try:
+        with open(beside, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except OSError as error:
+        raise UserError(
+            f"cannot write {path} ({error.strerror}): free some space or choose "
+            "another --output-dir; what was there before is unchanged"
+        ) from error
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def write_json(path, values):
+    """Write ``values`` as strict JSON; a number that is not finite becomes null."""
+    text = json.dumps(_plain(values), indent=2, allow_nan=False) + "\n"
+    write_bytes(path, text.encode())
+
+
+def _plain(value):
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple, np.ndarray)):
+        return [_plain(item) for item in value]
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def write_csv(path, columns):
+    """Write a table, ``columns`` mapping each name to its values.
+
+    Floats are written with the fewest digits that read back exactly; NaN as
+    an empty field.
+    """
+    values = [np.asarray(column).tolist() for column in columns.values()]
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(columns)
+    writer.writerows(["" if x != x else x for x in row] for row in zip(*values))
+    write_bytes(path, text.getvalue().encode())
+
+
+def md5_of(path):
+    """MD5 of a file as 32 hex digits (an identity check, not a security one)."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(
+            file, lambda: hashlib.md5(usedforsecurity=False)
+        ).hexdigest()
+
+
+def download(urls, path, md5, stall_seconds=15):
+    """Fetch the file with this MD5 from the first of ``urls`` that delivers it.
+
+    The bytes go into a temporary file of this process's own and are renamed to
+    ``path`` only when the MD5 is right, so a partial file is never taken for a
+    whole one and two processes cannot disturb each other.
+
+    Raises
+    ------
+    UserError
+        If no address delivers the file; the text names each failure.
+    """
+    failures = []
+    for url in urls:
+        say(f"  downloading {url}")
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=".download-")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                _fetch(url, file, stall_seconds)
+            found = md5_of(name)
+            if found == md5:
+                os.replace(name, path)
+                return
+            failures.append(f"{url}: md5 {found} instead of {md5}")
+        except (OSError, ValueError, EOFError) as error:
+            failures.append(f"{url}: {error or type(error).__name__}")
+        finally:
+            Path(name).unlink(missing_ok=True)
+        say(f"  failed: {failures[-1]}")
+    raise UserError(f"no server delivered {path.name} ({'; '.join(failures)})")
+
+
+def _fetch(url, file, stall_seconds):
+    """Copy ``url`` into ``file``; a connection without a byte for so long is given up."""
+    with urllib.request.urlopen(url, timeout=stall_seconds) as response:
+        total = int(response.headers.get("Content-Length") or 0)
+        done, shown = 0, time.monotonic()
+        while block := response.read(1 << 16):
+            file.write(block)
+            done += len(block)
+            if time.monotonic() - shown > 1:
+                share = f" of {total / 1e6:.0f} MB" if total else " MB"
+                show_progress(f"  {done / 1e6:.0f}{share}")
+                shown = time.monotonic()
+        show_progress("")
+        if total and done != total:
+            raise EOFError(f"the connection ended after {done} of {total} bytes")
+
+
+# ----------------------------------------------------------------------- plots
+
+# Okabe and Ito's colours can be told apart with every kind of colour vision.
+BLACK, ORANGE, SKY, GREEN, BLUE, RED, PURPLE = (
+    "#000000", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7",
+)  # fmt: skip
+STYLE = {
+    "figure.figsize": (8, 5),
+    "figure.dpi": 100,
+    "figure.constrained_layout.use": True,
+    "savefig.dpi": 150,
+    "font.size": 11,
+    "axes.titlesize": 12,
+    "axes.titlelocation": "left",
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "grid.color": "#E5E5E5",
+    "legend.frameon": False,
+}
+
+
+def load_pyplot(show=False):
+    """matplotlib.pyplot in the project's style; a window system only for ``show``."""
+    import matplotlib
+
+    if not show:
+        matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    plt.rcParams.update(STYLE)
+    return plt
+
+
+def save_figure(figure, path):
+    """Save ``figure`` as a PNG of 150 dots per inch."""
+    image = io.BytesIO()
+    figure.savefig(image, format="png")
+    write_bytes(path, image.getvalue())
+
+
+def finish_figures(plt, show):
+    """Show the figures where there is a display, then forget them."""
+    if show and plt.get_backend().lower() == "agg":
+        say("--show: there is no display here, so the plots are only saved")
+    elif show:
+        say("close the plot windows to go on")
+        plt.show()
+    plt.close("all")
+
+
+# ----------------------------------------------------------- seeds and devices
+
+
+def derive_seed(seed, *keys):
+    """An independent 64-bit seed for each tuple of non-negative ``keys``.
+
+    Every random draw follows from (seed, what it is for, epoch), so a run that
+    resumes needs no generator state, and no two uses share a stream.
+    """
+    sequence = np.random.SeedSequence([seed, *keys])
+    # The sign bit is cleared because torch's generators take a signed number.
+    return int(sequence.generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def choose_device(name="auto"):
+    """The torch device to compute on, and why, as ``(device, reason)``.
+
+    Raises
+    ------
+    UserError
+        If the device asked for does not exist or does not work.
+    """
+    import torch
+
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda"), f"found {torch.cuda.get_device_name()}"
+        return torch.device("cpu"), "PyTorch sees no CUDA device"
+    try:
+        device = torch.device(name)
+        torch.ones(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UserError(
+            f"--device {name} does not work here ({str(error).splitlines()[0]}): "
+            "use --device cpu or --device auto"
+        ) from error
+    return device, "asked for"
+
+
+# ----------------------------------------------------------------- checkpoints
+
+CHECKPOINT_FORMAT = "cifar-cnn-checkpoint-1"
+
+
+def save_checkpoint(path, **contents):
+    """Save ``contents`` (tensors and plain values) as one torch file, all or nothing."""
+    import torch
+
+    data = io.BytesIO()
+    torch.save({"format": CHECKPOINT_FORMAT, **contents}, data)
+    write_bytes(path, data.getvalue())
+
+
+def load_checkpoint(path, required=("model", "config", "classes", "mean", "std")):
+    """Read a checkpoint onto the CPU without running any code that it may hold.
+
+    Raises
+    ------
+    UserError
+        If the file cannot be read, is damaged, was not written by
+        `save_checkpoint`, or lacks one of the ``required`` entries.
+    """
+    import torch
+
+    try:
+        data = Path(path).read_bytes()
+        # torch does not verify the checksums of its zip members; zipfile does.
+        if bad := zipfile.ZipFile(io.BytesIO(data)).testzip():
+            raise ValueError(f"its part {bad} does not match its checksum")
+        checkpoint = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged file can raise almost anything
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(
+            f"{path} is not a readable checkpoint ({reason}): it is damaged or "
+            "foreign; delete it or name another one"
+        ) from error
+    if not isinstance(checkpoint, dict) or checkpoint.get("format") != CHECKPOINT_FORMAT:
+        raise UserError(f"{path} was not written by this script: name another file")
+    if missing := [key for key in required if key not in checkpoint]:
+        raise UserError(f"{path} lacks {', '.join(missing)}: delete it or name another")
+    return checkpoint
