@@ -20,6 +20,7 @@ import math
 import sys
 import tarfile
 import tempfile
+import textwrap
 import time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -29,6 +30,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchvision import datasets
 
 from utils import (
@@ -50,24 +52,71 @@ def flag(default, text, **how):
 class Settings:
     """All that decides the result of a run; each is an option of the same name."""
 
-    dataset: str = flag("auto", "data set; auto is CIFAR-10 or else the digits",
+    preset: str = flag("baseline", "bundle of the options below; one given beside it wins",
+                       choices=("baseline", "tuned", "strong", "resnet18"))  # fmt: skip
+    dataset: str = flag("auto", "data set; auto is CIFAR-10, or the digits if it cannot be had",
                         choices=("auto", "cifar10", "digits"))  # fmt: skip
-    model: str = flag("small", "network", choices=("small",))
+    select_on: str = flag("val", "what the best epoch is chosen on: 10 %% of the training "
+                          "images, the test images, or nothing (the last epoch is kept)",
+                          choices=("val", "test", "last"))  # fmt: skip
+    # network
+    model: str = flag("small", "network", choices=("small", "tuned", "strong", "resnet18"))
+    dropout: float = flag(0.5, "share of units dropped", type=number(0, 1, "[)"))
+    # images
+    crop_padding: int = flag(4, "largest random shift in pixels", type=integer(0, 16))
+    crop_fill: str = flag("black", "what a shift brings in", choices=("black", "reflect"))
+    flip: str = flag("random", "mirroring; alternating mirrors every second epoch",
+                     choices=("none", "random", "alternating"))  # fmt: skip
+    cutout: int = flag(0, "side of a square that is blanked, in pixels", type=integer(0, 32))
+    mixup: float = flag(0.0, "alpha of the Beta distribution of mixing", type=number(0))
+    # optimisation
     epochs: int = flag(10, "passes over the training images", type=integer(1))
     batch_size: int = flag(128, "images per step", type=integer(1))
-    lr: float = flag(0.001, "learning rate of Adam", type=number(0, ends="()"))
-    dropout: float = flag(0.5, "share of units dropped", type=number(0, 1, "[)"))
-    select_on: str = flag("val", "what the best epoch is chosen on",
-                          choices=("val", "test", "last"))  # fmt: skip
+    optimizer: str = flag("adam", "rule of the steps", choices=("adam", "adamw", "sgd", "muon"))
+    lr: float = flag(0.001, "learning rate", type=number(0, ends="()"))
+    momentum: float = flag(0.9, "momentum of sgd and muon", type=number(0, 1, "[)"))
+    weight_decay: float = flag(0.0, "shrinking of the weights", type=number(0))
+    schedule: str = flag("step", "fall of the learning rate: halved every 5 epochs, or to zero",
+                         choices=("none", "step", "cosine", "linear"))  # fmt: skip
+    warmup_epochs: float = flag(0.0, "epochs of linear rise to --lr", type=number(0))
+    label_smoothing: float = flag(0.0, "share of the target spread evenly",
+                                  type=number(0, 1, "[)"))  # fmt: skip
+    grad_clip: float = flag(0.0, "largest norm of the gradient, 0 for any", type=number(0))
+    # averaging
+    ema: float = flag(0.0, "decay per step of the averaged weights", type=number(0, 1, "[)"))
+    tta: str = flag("none", "views of a test image that are averaged: mirrored, also shifted",
+                    choices=("none", "flip", "shift"))  # fmt: skip
+    ensemble: int = flag(1, "networks, from as many seeds, that are averaged", type=integer(1, 99))
+    # run
     seed: int = flag(0, "of every random draw", type=integer(0))
     device: str = flag("auto", "auto, cpu, cuda or another torch device")
-    precision: str = flag("auto", "bfloat16 where the processor computes in it",
+    precision: str = flag("auto", "auto is bfloat16 where the processor computes in it",
                           choices=("auto", "float32", "bfloat16"))  # fmt: skip
 
 
+PRESETS = {
+    "baseline": {},
+    "tuned": {
+        "model": "tuned", "dropout": 0.1, "crop_padding": 2, "crop_fill": "reflect",
+        "flip": "alternating", "batch_size": 256, "optimizer": "adamw", "lr": 0.004,
+        "weight_decay": 0.01, "schedule": "linear", "warmup_epochs": 2.0, "tta": "shift",
+        "select_on": "last",
+    },
+    "strong": {
+        "model": "strong", "dropout": 0.0, "crop_padding": 2, "crop_fill": "reflect",
+        "flip": "alternating", "epochs": 8, "batch_size": 1000, "optimizer": "muon",
+        "lr": 0.18, "momentum": 0.6, "schedule": "linear", "label_smoothing": 0.2,
+        "tta": "shift", "select_on": "last",
+    },
+    "resnet18": {
+        "model": "resnet18", "dropout": 0.0, "epochs": 100, "optimizer": "sgd", "lr": 0.1,
+        "weight_decay": 5e-4, "schedule": "cosine", "warmup_epochs": 2.0, "cutout": 8,
+        "mixup": 0.2, "tta": "flip", "select_on": "last",
+    },
+}  # fmt: skip
+
 # Streams of random numbers: every draw follows from (seed, stream, epoch).
-WEIGHTS, ORDER, LAYERS, PLOTS = range(4)
-PADDING = 4  # of the random crop, in pixels
+WEIGHTS, ORDER, MIRRORS_ONCE, LAYERS, PLOTS = range(5)
 
 # ------------------------------------------------------------------------ data
 
@@ -233,8 +282,8 @@ def hold_out(labels, share=0.1):
 # ---------------------------------------------------------------- augmentation
 
 
-def crop_and_flip(images, index, top, left, mirrored):
-    """Shift and mirror each chosen image on a black ground, all in one gather.
+def crop_and_flip(images, index, top, left, mirrored, fill="black"):
+    """Shift and mirror each chosen image, all in one gather.
 
     Parameters
     ----------
@@ -243,6 +292,8 @@ def crop_and_flip(images, index, top, left, mirrored):
     top, left : Tensor of int64, shape (b,)
         First row and column of the window; negative or positive, 0 for no shift.
     mirrored : Tensor of bool, shape (b,)
+    fill : {"black", "reflect"}
+        What the window shows outside the image.
 
     Returns
     -------
@@ -252,6 +303,11 @@ def crop_and_flip(images, index, top, left, mirrored):
     rows = torch.arange(height, device=images.device) + top[:, None]  # (b, h)
     columns = torch.arange(width, device=images.device)
     columns = torch.where(mirrored[:, None], columns.flip(0), columns) + left[:, None]
+    if fill == "reflect":
+        rows, columns = (
+            size - 1 - (size - 1 - place.abs()).abs()
+            for place, size in ((rows, height), (columns, width))
+        )
     inside = ((rows >= 0) & (rows < height))[:, :, None]  # (b, h, 1)
     inside = inside & ((columns >= 0) & (columns < width))[:, None, :]  # (b, h, w)
     rows = rows.clamp(0, height - 1) + index[:, None] * height  # rows of all images
@@ -260,24 +316,47 @@ def crop_and_flip(images, index, top, left, mirrored):
     return chosen.view(*pixels.shape, 3).mul_(inside[..., None])
 
 
+def cut_out(images, top, left, size):
+    """Blank a square in each image (DeVries and Taylor 2017); images (b, 3, h, w)."""
+    rows, columns = (
+        torch.arange(side, device=images.device) - start[:, None]
+        for side, start in zip(images.shape[2:], (top, left))
+    )
+    rows, columns = ((0 <= place) & (place < size) for place in (rows, columns))
+    return images.masked_fill((rows[:, :, None] & columns[:, None, :])[:, None], 0)
+
+
 def normalise(images, mean, std):
     """Bytes (b, h, w, 3) to zero mean and unit deviation, (b, 3, h, w) channels-last."""
     mean, std = (255 * torch.tensor(v, device=images.device) for v in (mean, std))
     return ((images - mean) / std).permute(0, 3, 1, 2)
 
 
-def draw_epoch(n, padding, mirror, seed, epoch):
+def draw_epoch(n, settings, mirror, epoch):
     """The random part of an epoch, from (seed, epoch) alone, on the CPU.
+
+    Alternating mirroring (Jordan 2024) draws once for each image and then
+    mirrors it in every second epoch, so that two epochs show both views.
 
     Returns
     -------
-    order, top, left : Tensor of int64, shape (n,)
-    mirrored : Tensor of bool, shape (n,)
+    dict of Tensor, each of shape (n,)
+        ``order`` of the images, and in that order ``top`` and ``left`` of the
+        crop, ``cut_top`` and ``cut_left`` of the cutout, and ``mirrored``.
     """
-    rng = torch.Generator().manual_seed(derive_seed(seed, ORDER, epoch))
+    rng = torch.Generator().manual_seed(derive_seed(settings.seed, ORDER, epoch))
     order = torch.randperm(n, generator=rng)
-    top, left = torch.randint(-padding, padding + 1, (2, n), generator=rng)
-    return order, top, left, (torch.rand(n, generator=rng) < 0.5) & mirror
+    reach = settings.crop_padding
+    top, left = torch.randint(-reach, reach + 1, (2, n), generator=rng)
+    cut_top, cut_left = torch.randint(0, 33 - settings.cutout, (2, n), generator=rng)
+    mirrored = torch.rand(n, generator=rng) < 0.5
+    if settings.flip == "alternating":
+        rng.manual_seed(derive_seed(settings.seed, MIRRORS_ONCE))
+        mirrored = ((torch.rand(n, generator=rng) < 0.5) ^ (epoch % 2 == 1))[order]
+    if settings.flip == "none" or not mirror:
+        mirrored = torch.zeros(n, dtype=torch.bool)
+    return {"order": order, "top": top, "left": left, "cut_top": cut_top,
+            "cut_left": cut_left, "mirrored": mirrored}  # fmt: skip
 
 
 # ----------------------------------------------------------------------- model
@@ -289,28 +368,103 @@ def build_model(config):
     Parameters
     ----------
     config : dict
-        At least ``model``, ``classes`` (their number) and ``dropout``.
+        At least ``model``, ``dropout``, and ``ensemble`` (the number of networks).
 
     Returns
     -------
     nn.Module
-        Maps (b, 3, 32, 32) float to logits (b, classes).
+        Maps (b, 3, 32, 32) float to logits (b, 10).
     """
-    return MODELS[config["model"]](config)
+    build = {"small": small, "tuned": tuned, "strong": strong, "resnet18": resnet18}
+    members = [build[config["model"]](config["dropout"]) for _ in range(config["ensemble"])]
+    return members[0] if len(members) == 1 else Ensemble(members)
 
 
-def small(config):
+def small(dropout):
     """The baseline; pooling first leaves a quarter of the work to BatchNorm and ReLU."""
     return nn.Sequential(  # (b, 3, 32, 32)
         nn.Conv2d(3, 32, 3, padding=1), nn.MaxPool2d(2), nn.BatchNorm2d(32), nn.ReLU(),
         nn.Conv2d(32, 64, 3, padding=1), nn.MaxPool2d(2), nn.BatchNorm2d(64), nn.ReLU(),
         nn.Flatten(),  # (b, 64, 8, 8) -> (b, 4096)
-        nn.Linear(4096, 64), nn.ReLU(), nn.Dropout(config["dropout"]),
-        nn.Linear(64, 10),  # (b, 10)
+        nn.Linear(4096, 64), nn.ReLU(), nn.Dropout(dropout), nn.Linear(64, 10),
     )  # fmt: skip
 
 
-MODELS = {"small": small}
+def tuned(dropout):
+    """Still two convolutions and fewer parameters, but larger filters and no hidden layer."""
+    return nn.Sequential(  # (b, 3, 32, 32)
+        nn.Conv2d(3, 48, 5, padding=2), nn.MaxPool2d(2), nn.BatchNorm2d(48), nn.GELU(),
+        nn.Conv2d(48, 192, 5, padding=2), nn.MaxPool2d(2), nn.BatchNorm2d(192), nn.GELU(),
+        nn.AvgPool2d(2), nn.Flatten(),  # (b, 192, 4, 4) -> (b, 3072)
+        nn.Dropout(dropout), nn.Linear(3072, 10),
+    )  # fmt: skip
+
+
+def strong(dropout, widths=(64, 256, 256)):
+    """The network of airbench94 (Jordan 2024, arXiv 2404.00498)."""
+    layers = [nn.Conv2d(3, 24, 2), nn.GELU()]  # (b, 24, 31, 31)
+    for before, width in zip((24, *widths), widths):  # each halves the side: 15, 7, 3
+        layers += [identity_conv(before, width), nn.MaxPool2d(2), bias_norm(width), nn.GELU(),
+                   identity_conv(width, width), bias_norm(width), nn.GELU()]  # fmt: skip
+    head = nn.Linear(widths[-1], 10, bias=False)
+    nn.init.normal_(head.weight, std=1 / widths[-1])
+    layers[0].weight.requires_grad = False  # its filters are computed from the images
+    return nn.Sequential(*layers, nn.MaxPool2d(3), nn.Flatten(), nn.Dropout(dropout), head)
+
+
+def identity_conv(before, width):
+    """A 3x3 convolution whose first filters start by passing the input on."""
+    conv = nn.Conv2d(before, width, 3, padding=1, bias=False)
+    nn.init.dirac_(conv.weight[:before].data)
+    return conv
+
+
+def bias_norm(width):
+    """Batch normalisation that learns only the bias."""
+    norm = nn.BatchNorm2d(width, eps=1e-12, momentum=0.4)
+    norm.weight.requires_grad = False
+    return norm
+
+
+def resnet18(dropout):
+    """Torchvision's ResNet-18 (He et al. 2016) with a stem for small images."""
+    from torchvision.models import resnet18 as build
+
+    model = build(num_classes=10)
+    model.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+    model.maxpool = nn.Identity()
+    model.fc = nn.Sequential(nn.Dropout(dropout), model.fc)
+    return model
+
+
+class Ensemble(nn.Module):
+    """Networks whose probabilities are averaged with ``weights`` that sum to 1."""
+
+    def __init__(self, members):
+        super().__init__()
+        self.members = nn.ModuleList(members)
+        self.register_buffer("weights", torch.full((len(members),), 1 / len(members)))
+
+    def forward(self, images):
+        probs = torch.stack([member(images).float().softmax(1) for member in self.members])
+        return torch.einsum("m,mbc->bc", self.weights, probs).log()  # (b, 10)
+
+
+@torch.no_grad()
+def whiten(conv, images):
+    """Start a first layer with filters that decorrelate the patches of ``images``.
+
+    The filters are the leading eigenvectors of the patches' covariance, scaled
+    to unit variance, and their negatives; images (n, 3, h, w), normalised.
+    """
+    count, size = conv.out_channels // 2, conv.kernel_size
+    covariance = 0
+    for part in images.split(500):
+        patches = F.unfold(part, size).transpose(0, 1).flatten(1)  # (3 * k * k, patches)
+        covariance = covariance + patches @ patches.T / patches.shape[1]
+    values, vectors = torch.linalg.eigh(covariance / math.ceil(len(images) / 500))
+    filters = vectors[:, -count:] / (values[-count:] + 5e-4).sqrt()
+    conv.weight.copy_(torch.cat([filters, -filters], 1).T.reshape(conv.weight.shape))
 
 
 # ---------------------------------------------------------------- optimisation
@@ -355,67 +509,148 @@ def autocast(settings):
     )
 
 
+class Muon(torch.optim.Optimizer):
+    """Momentum with orthogonal steps for filters (Jordan et al. 2024), else Nesterov SGD.
+
+    torch.optim.Muon takes only matrices and computes in bfloat16, which most
+    CPUs emulate slowly; this one takes filter banks and computes in float32.
+    """
+
+    def __init__(self, groups):
+        super().__init__(groups, {"weight_decay": 0.0, "orthogonal": False})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for weights in group["params"]:
+                self._update(weights, group)
+
+    def _update(self, weights, group):
+        state, momentum = self.state[weights], group["momentum"]
+        gradient = weights.grad
+        if not group["orthogonal"]:  # whose scale is set below
+            gradient = gradient + group["weight_decay"] * weights
+        if not state:
+            state["velocity"] = torch.zeros_like(weights)
+        state["velocity"].mul_(momentum).add_(gradient)
+        update = gradient + momentum * state["velocity"]
+        if group["orthogonal"]:
+            weights.mul_(len(weights) ** 0.5 / weights.norm())
+            update = orthogonalise(update.flatten(1)).view(weights.shape)
+        weights.add_(update, alpha=-group["lr"])
+
+
+def orthogonalise(matrix, steps=3):
+    """Push the singular values of a matrix towards 1 by Newton-Schulz iterations."""
+    x = matrix / (matrix.norm() + 1e-7)
+    x = x.T if len(matrix) > matrix.shape[1] else x
+    for _ in range(steps):
+        gram = x @ x.T
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    return x.T if len(matrix) > matrix.shape[1] else x
+
+
 def build_optimizer(model, settings):
-    return torch.optim.Adam(model.parameters(), lr=settings.lr, fused=True)
+    """The optimiser of ``--optimizer`` for all trainable weights."""
+    weights = [p for p in model.parameters() if p.requires_grad]
+    common = {"lr": settings.lr, "weight_decay": settings.weight_decay}
+    if settings.optimizer == "adam":
+        return torch.optim.Adam(weights, **common, fused=True)
+    if settings.optimizer == "adamw":
+        return torch.optim.AdamW(weights, **common, fused=True)
+    if settings.optimizer == "sgd":
+        nesterov = settings.momentum > 0
+        return torch.optim.SGD(weights, **common, momentum=settings.momentum,
+                               nesterov=nesterov, fused=True)  # fmt: skip
+    # airbench94_muon has, beside 0.24 for the filters, 0.67 for a head 256 times as
+    # large as ours and 0.053 for the biases, for a loss summed over the batch.
+    scale = settings.batch_size * settings.lr / 0.24
+    rates = {4: settings.lr, 2: 0.67 / 256**2 * scale, 1: 0.053 * scale}
+    decay = (2e-6 + settings.weight_decay) * scale  # of the weights, per step
+    return Muon([
+        {"params": [p for p in weights if p.ndim == axes], "lr": lr, "orthogonal": axes == 4,
+         "momentum": settings.momentum if axes == 4 else 0.85, "weight_decay": decay / lr}
+        for axes, lr in rates.items()
+    ])  # fmt: skip
 
 
 def build_scheduler(optimizer, settings, steps):
-    """Halve the learning rate every five epochs; counted in ``steps`` per epoch."""
-    return torch.optim.lr_scheduler.StepLR(optimizer, step_size=5 * steps, gamma=0.5)
+    """Warm-up and then the fall of ``--schedule``; ``steps`` per epoch, one call a step."""
+    rates = torch.optim.lr_scheduler
+    warm = round(settings.warmup_epochs * steps)
+    rest = settings.epochs * steps - warm
+    fall = {
+        "none": lambda: rates.ConstantLR(optimizer, factor=1.0),
+        "step": lambda: rates.StepLR(optimizer, step_size=5 * steps, gamma=0.5),
+        "cosine": lambda: rates.CosineAnnealingLR(optimizer, T_max=rest),
+        "linear": lambda: rates.LinearLR(optimizer, 1.0, 0.0, total_iters=rest),
+    }[settings.schedule]
+    if not warm:
+        return fall()
+    rise = rates.LinearLR(optimizer, 1 / (warm + 1), 1.0, total_iters=warm)
+    return rates.SequentialLR(optimizer, [rise, fall()], milestones=[warm])
 
 
 # -------------------------------------------------------------------- training
 
 
 class Training:
-    """A network with its optimiser, schedule and history: all that a run changes."""
+    """One network with its optimiser, schedule and history: all that a run changes."""
 
     def __init__(self, settings, data):
         self.settings, self.data = settings, data
         self.rows, self.held = split_rows(data, settings.select_on)
-        self.config = asdict(settings) | {"classes": len(data.classes)}
         torch.manual_seed(derive_seed(settings.seed, WEIGHTS))
-        self.model = build_model(self.config)
+        self.model = build_model(asdict(settings) | {"ensemble": 1})
+        if settings.model in ("tuned", "strong"):
+            first = data.images[:5000].cpu()
+            whiten(self.model[0], normalise(first, data.mean, data.std))
         self.model.to(data.images.device, memory_format=torch.channels_last)
         self.steps = math.ceil(len(self.rows) / settings.batch_size)
         self.optimizer = build_optimizer(self.model, settings)
         self.scheduler = build_scheduler(self.optimizer, settings, self.steps)
+        self.average = AveragedModel(
+            self.model, multi_avg_fn=get_ema_multi_avg_fn(settings.ema), use_buffers=True
+        ) if settings.ema else None  # fmt: skip
         self.history = []  # a dict for each epoch, with the columns of history.csv
+        self.best = {}  # weights of the epoch to keep
+
+    def parts(self):
+        """What changes while training, by name."""
+        names = ("model", "optimizer", "scheduler", "average")
+        return {name: getattr(self, name) for name in names if getattr(self, name)}
 
     def state(self):
         """Plain values and tensors, from which `restore` goes on as if uninterrupted."""
-        parts = ("model", "optimizer", "scheduler")
-        state = {part: getattr(self, part).state_dict() for part in parts}
-        return state | {"history": self.history}
+        state = {name: part.state_dict() for name, part in self.parts().items()}
+        return state | {"history": self.history, "best": self.best}
 
     def restore(self, state):
-        for part in ("model", "optimizer", "scheduler"):
-            getattr(self, part).load_state_dict(state[part])
-        self.history = state["history"]
+        for name, part in self.parts().items():
+            part.load_state_dict(state[name])
+        self.history, self.best = state["history"], state["best"]
 
-    def best_epoch(self):
-        """The epoch to keep: the best on the held-out split, else the last."""
-        if self.settings.select_on == "last":
-            return len(self.history)
-        return 1 + int(np.argmax([row["eval_accuracy"] for row in self.history]))
-
-    def run_epoch(self, pressed):
-        """Train and evaluate for one epoch, and append its row to the history."""
-        row = {"epoch": len(self.history) + 1, "lr": self.scheduler.get_last_lr()[0]}
-        start = time.perf_counter()
-        losses, correct = self.train(row["epoch"], pressed)
-        row["train_loss"] = losses.mean().item()
-        row["train_accuracy"] = correct.item() / len(self.rows)
+    def run_epoch(self, pressed=()):
+        """Train and evaluate for one epoch; append its row to the history."""
+        epoch, start = len(self.history) + 1, time.perf_counter()
+        row = {"epoch": epoch, "lr": self.scheduler.get_last_lr()[0]}
+        losses, right = self.train(epoch, pressed)
+        row |= {"train_loss": losses.mean().item(), "train_accuracy": right / len(losses)}
         seconds = time.perf_counter() - start
-        self.history.append(row | self.evaluate() | {"seconds": seconds})
+        model = self.average.module if self.average else self.model
+        self.history.append(row | self.evaluate(model) | {"seconds": seconds})
+        if kept_epoch(self.history, self.settings.select_on) == epoch:
+            self.best = {name: value.clone() for name, value in model.state_dict().items()}
 
     def train(self, epoch, pressed):
         """One pass over the training images in a new order, each one augmented anew.
 
         Returns
         -------
-        losses : Tensor, shape (images,), the loss of the batch of each image
-        correct : Tensor, the number of images that were classified rightly
+        losses : Tensor, shape (images,)
+            For each image the loss of its batch, in the order of the pass.
+        right : int
+            Images that were classified rightly on the way.
 
         Raises
         ------
@@ -424,54 +659,75 @@ class Training:
         RunFailed
             If the loss is not finite.
         """
-        size, device = self.settings.batch_size, self.data.images.device
-        drawn = draw_epoch(len(self.rows), PADDING, self.data.mirror, self.settings.seed, epoch)
-        order, top, left, mirrored = (part.to(device) for part in drawn)
-        order = self.rows.to(device)[order]
-        losses = torch.zeros(len(order), device=device)
-        correct = torch.zeros((), device=device, dtype=torch.int64)
-        torch.manual_seed(derive_seed(self.settings.seed, LAYERS, epoch))  # dropout
+        device, size = self.data.images.device, self.settings.batch_size
+        drawn = draw_epoch(len(self.rows), self.settings, self.data.mirror, epoch)
+        drawn["order"] = self.rows[drawn["order"]]
+        drawn = {name: part.to(device) for name, part in drawn.items()}
+        losses = torch.zeros(len(self.rows), device=device)
+        right = torch.zeros((), dtype=torch.int64, device=device)
+        torch.manual_seed(derive_seed(self.settings.seed, LAYERS, epoch))  # dropout, mixup
         self.model.train()
         shown = time.monotonic()
         for step in range(self.steps):
             if pressed:
                 raise Interrupted
             now = slice(step * size, (step + 1) * size)
-            images = crop_and_flip(
-                self.data.images, order[now], top[now], left[now], mirrored[now]
-            )
-            labels = self.data.labels[order[now]]
+            images, labels = self.load_batch({name: part[now] for name, part in drawn.items()})
             logits, losses[now] = self.take_step(images, labels)
-            correct += (logits.argmax(1) == labels).sum()
+            right += (logits.argmax(1) == labels).sum()
             if step + 1 == self.steps or time.monotonic() - shown > 0.5:
                 check_finite(losses[: now.stop : size], epoch, self.scheduler)
                 show_progress(f"  epoch {epoch}: step {step + 1} of {self.steps}")
                 shown = time.monotonic()
         show_progress("")
-        return losses, correct
+        return losses, right.item()
+
+    def load_batch(self, drawn):
+        """Augmented, normalised images (b, 3, 32, 32) and labels (b,) of one step."""
+        data, settings = self.data, self.settings
+        images = crop_and_flip(data.images, drawn["order"], drawn["top"], drawn["left"],
+                               drawn["mirrored"], settings.crop_fill)  # fmt: skip
+        images = normalise(images, data.mean, data.std)
+        if settings.cutout:
+            images = cut_out(images, drawn["cut_top"], drawn["cut_left"], settings.cutout)
+        return images, data.labels[drawn["order"]]
 
     def take_step(self, images, labels):
         """One update of the weights; returns the logits and the loss before it."""
-        with autocast(self.settings):
-            logits = self.model(normalise(images, self.data.mean, self.data.std))
-        loss = F.cross_entropy(logits.float(), labels)
+        settings, targets = self.settings, labels
+        if settings.mixup:
+            images, targets = mix_up(images, labels, len(self.data.classes), settings.mixup)
+        with autocast(settings):
+            logits = self.model(images).float()
+        loss = F.cross_entropy(logits, targets, label_smoothing=settings.label_smoothing)
         self.optimizer.zero_grad()
         loss.backward()
+        if settings.grad_clip:
+            nn.utils.clip_grad_norm_(self.model.parameters(), settings.grad_clip)
         self.optimizer.step()
         self.scheduler.step()
+        if self.average:
+            self.average.update_parameters(self.model)
         return logits.detach(), loss.detach()
 
-    def evaluate(self):
-        """Loss and accuracy on the split that the best epoch is chosen on."""
-        split = self.settings.select_on
+    def evaluate(self, model):
+        """Loss and accuracy on the split that selects the epoch to keep."""
+        split, data = self.settings.select_on, self.data
         if split == "last":
             return {"eval_split": "none", "eval_loss": math.nan, "eval_accuracy": math.nan}
-        images, labels = self.data.test_images, self.data.test_labels
+        images, labels = data.test_images, data.test_labels
         if split == "val":
-            images, labels = self.data.images[self.held], self.data.labels[self.held]
-        logits = predict(self.model, images, self.data, self.settings)
+            images, labels = data.images[self.held], data.labels[self.held]
+        logits = predict(model, images, data, self.settings)
         loss = F.cross_entropy(logits, labels).item()
         return {"eval_split": split, "eval_loss": loss, "eval_accuracy": accuracy(logits, labels)}
+
+
+def kept_epoch(history, select_on):
+    """The epoch to keep: the best on the split that selects, else the last."""
+    if select_on == "last":
+        return len(history)
+    return 1 + int(np.argmax([row["eval_accuracy"] for row in history]))
 
 
 def split_rows(data, select_on):
@@ -481,63 +737,137 @@ def split_rows(data, select_on):
     return torch.arange(len(data.labels)), torch.arange(0)
 
 
+def mix_up(images, labels, classes, alpha):
+    """Blend each image and its target with another's (Zhang et al. 2018)."""
+    from torchvision.transforms.v2 import MixUp
+
+    return MixUp(alpha=alpha, num_classes=classes)(images, labels)
+
+
 def check_finite(losses, epoch, scheduler):
+    """Raise a RunFailed that names the first step whose loss is not finite."""
     bad = (~torch.isfinite(losses)).nonzero()
     if len(bad):
         raise RunFailed(
             f"the loss is {losses[bad[0]].item()} at epoch {epoch}, step {bad[0].item() + 1}, "
-            f"learning rate {scheduler.get_last_lr()[0]:g}: try a lower --lr; last.pt and "
-            "best.pt hold the last good epoch, if there was one"
+            f"learning rate {scheduler.get_last_lr()[0]:g}: try a lower --lr; the checkpoints "
+            "of the epochs before are kept"
         )
 
 
-def fit(training, folder):
-    """Train to the end, saving after each epoch; Ctrl-C leaves the last whole epoch."""
-    say(f"  {'epoch':>5} {'lr':>9} {'train loss':>10} {'train acc':>9} "
-        f"{'eval loss':>9} {'eval acc':>8} {'seconds':>7}")  # fmt: skip
+def fit(training, save):
+    """Train to the last epoch, calling ``save`` after each; Ctrl-C leaves whole epochs."""
+    say("  epoch         lr  train loss  train acc  eval loss  eval acc  seconds")
     with ctrl_c() as pressed:
         while len(training.history) < training.settings.epochs:
             training.run_epoch(pressed)
-            save_epoch(training, folder)
+            save(training)
             row = training.history[-1]
+            held = (
+                f"{row['eval_loss']:>11.4f} {row['eval_accuracy']:>9.2%}"
+                if training.settings.select_on != "last" else f"{'-':>11} {'-':>9}"
+            )  # fmt: skip
             say(
-                f"  {row['epoch']:>5} {row['lr']:>9.6f} {row['train_loss']:>10.4f} "
-                f"{row['train_accuracy']:>9.2%} {row['eval_loss']:>9.4f} "
-                f"{row['eval_accuracy']:>8.2%} {row['seconds']:>7.1f}"
+                f"  {row['epoch']:>5} {row['lr']:>10.6f} {row['train_loss']:>11.4f} "
+                f"{row['train_accuracy']:>10.2%}{held} {row['seconds']:>8.1f}"
             )
         if pressed:
             raise Interrupted
 
 
-def save_epoch(training, folder, finished=False):
-    """best.pt if this epoch is the best so far, history.csv, and then last.pt."""
-    about = {
-        "config": training.config, "classes": list(training.data.classes),
-        "mean": list(training.data.mean), "std": list(training.data.std),
-    }  # fmt: skip
-    epoch, state = len(training.history), training.state()
-    if training.best_epoch() == epoch and not finished:
-        accuracy = training.history[-1]["eval_accuracy"]
+def train_members(settings, data, folder, checkpoint=None):
+    """Train the networks of the ensemble one after another (usually it is one).
+
+    Everything is saved after each epoch: history.csv, best.pt (the ensemble so
+    far) when it got better, and last then last.pt, from which a run continues.
+
+    Returns
+    -------
+    list of list of dict
+        The history of each network.
+    """
+    members = checkpoint["members"] if checkpoint else []
+
+    def save(training, finished=False):
+        every = [*members, {"best": training.best, "history": training.history}]
+        rows = [row for member in every for row in member["history"]]
+        write_csv(folder / "history.csv", {key: [row[key] for row in rows] for key in rows[0]})
+        if kept_epoch(training.history, settings.select_on) == len(training.history):
+            save_best(folder, every, settings, data)
         save_checkpoint(
-            folder / "best.pt", model=state["model"], epoch=epoch, accuracy=accuracy, **about
+            folder / "last.pt", **about(settings, data), **training.state(), members=members
         )
-    write_csv(folder / "history.csv", {
-        key: [row[key] for row in training.history] for key in training.history[0]
-    })  # fmt: skip
-    save_checkpoint(folder / "last.pt", **state, **about, finished=finished)
+
+    while len(members) < settings.ensemble:
+        training = Training(replace(settings, seed=settings.seed + len(members)), data)
+        if checkpoint:
+            restore(training, checkpoint, folder / "last.pt")
+            checkpoint = None
+        if settings.ensemble > 1:
+            say(f"  network {len(members) + 1} of {settings.ensemble}")
+        try:
+            fit(training, save)
+        except Interrupted:
+            done, epochs = len(training.history), settings.epochs
+            raise Interrupted(f"{done} of {epochs} epochs are saved; go on with:") from None
+        members.append({"best": training.best, "history": training.history})
+    return [member["history"] for member in members]
+
+
+def save_best(folder, members, settings, data):
+    """best.pt: the kept network, or the ensemble of those trained so far."""
+    weights = members[0]["best"]
+    if len(members) > 1:
+        weights = {
+            f"members.{i}.{name}": value
+            for i, member in enumerate(members) for name, value in member["best"].items()
+        }  # fmt: skip
+        good = torch.ones(len(members))
+        if settings.select_on == "val":
+            good = torch.tensor([
+                max(row["eval_accuracy"] for row in member["history"]) for member in members
+            ])  # fmt: skip
+        weights["weights"] = good / good.sum()
+    now = replace(settings, ensemble=len(members))
+    save_checkpoint(folder / "best.pt", model=weights, **about(now, data))
+
+
+def about(settings, data):
+    """What a checkpoint says of itself beside the weights."""
+    return {"config": asdict(settings), "classes": list(data.classes),
+            "mean": list(data.mean), "std": list(data.std)}  # fmt: skip
 
 
 # ------------------------------------------------------------------ evaluation
 
 
+# Each view: rows and columns of shift, whether mirrored, weight.
+VIEWS = {
+    "none": [(0, 0, False, 1.0)],
+    "flip": [(0, 0, False, 0.5), (0, 0, True, 0.5)],
+    "shift": [(0, 0, False, 0.25), (0, 0, True, 0.25)]
+    + [(s, s, mirrored, 0.125) for s in (-1, 1) for mirrored in (False, True)],
+}
+
+
 @torch.inference_mode()
 def predict(model, images, data, settings, batch=500):
-    """Logits of all ``images``, float32, shape (n, classes), without augmentation."""
+    """Logits of all ``images``, float32, shape (n, classes), averaged over the views."""
     model.eval()
-    with autocast(settings):
-        logits = [
-            model(normalise(part, data.mean, data.std)).float() for part in images.split(batch)
-        ]
+    views = [view for view in VIEWS[settings.tta] if data.mirror or not view[2]]
+    total = sum(view[3] for view in views)
+    logits = []
+    for part in images.split(batch):
+        each = torch.arange(len(part), device=part.device)
+        with autocast(settings):
+            logits.append(sum(
+                weight / total * model(normalise(
+                    crop_and_flip(part, each, each * 0 + top, each * 0 + left,
+                                  each * 0 + mirrored > 0, "reflect"),
+                    data.mean, data.std,
+                )).float()
+                for top, left, mirrored, weight in views
+            ))  # fmt: skip
     return torch.cat(logits)
 
 
@@ -553,13 +883,11 @@ def wilson(share, n, z=1.96):
     return center - half, center + half
 
 
-def evaluate_kept(training, folder):
+def measure_kept(folder, data, settings, histories):
     """Read best.pt back, see that it is as good as reported, then use the test set.
 
     Returns
     -------
-    model : nn.Module
-        The network of best.pt.
     metrics : dict
         What metrics.json holds of the result.
     probs : ndarray of float32, shape (n, classes), of the test images
@@ -569,36 +897,39 @@ def evaluate_kept(training, folder):
     RunFailed
         If the accuracy on the selecting split is not the one in the history.
     """
-    data, settings, epoch = training.data, training.settings, training.best_epoch()
     checkpoint = load_checkpoint(folder / "best.pt")
     model = build_model(checkpoint["config"])
     model.load_state_dict(checkpoint["model"])
-    training.model = model.to(data.images.device, memory_format=torch.channels_last)
-    recorded = training.history[epoch - 1]["eval_accuracy"]
-    found = training.evaluate()["eval_accuracy"]
-    if not (found == recorded or math.isnan(recorded)):
-        raise RunFailed(f"best.pt has accuracy {found} instead of {recorded} as reported")
+    model.to(data.images.device, memory_format=torch.channels_last)
+    rows, held = split_rows(data, settings.select_on)
+    found = {}
+    for split, chosen in (("train", rows[:10_000]), ("val", held)):
+        images, labels = data.images[chosen], data.labels[chosen]
+        if len(chosen):
+            found[split] = accuracy(predict(model, images, data, settings), labels)
     logits = predict(model, data.test_images, data, settings)
-    rows = training.rows.to(data.images.device)
-    train_logits = predict(model, data.images[rows], data, settings)
-    right = logits.argmax(1) == data.test_labels
-    per_class = {
-        name: right[data.test_labels == label].double().mean().item()
-        for label, name in enumerate(data.classes)
-    }
-    seconds = sum(row["seconds"] for row in training.history)
-    share = right.double().mean().item()
-    metrics = {
-        "best_epoch": epoch,
-        "train_accuracy": accuracy(train_logits, data.labels[rows]),
-        "val_accuracy": recorded if settings.select_on == "val" else None,
-        "test_accuracy": share,
-        "test_accuracy_interval": wilson(share, len(right)),
-        "per_class_accuracy": per_class,
+    found["test"] = accuracy(logits, data.test_labels)
+    if len(histories) == 1 and settings.select_on != "last":
+        reported = max(row["eval_accuracy"] for row in histories[0])
+        if found[settings.select_on] != reported:
+            raise RunFailed(
+                f"best.pt, read back, has accuracy {found[settings.select_on]} instead of "
+                f"{reported}: its numbers cannot be trusted"
+            )
+    right = (logits.argmax(1) == data.test_labels).double()
+    seconds = sum(row["seconds"] for history in histories for row in history)
+    kept = [kept_epoch(history, settings.select_on) for history in histories]
+    return {
+        "best_epoch": kept[0] if len(kept) == 1 else kept,
+        **{f"{split}_accuracy": found.get(split) for split in ("train", "val", "test")},
+        "test_accuracy_interval": wilson(found["test"], len(right)),
+        "per_class_accuracy": {
+            name: right[data.test_labels == label].mean().item()
+            for label, name in enumerate(data.classes)
+        },
         "train_seconds": seconds,
-        "images_per_second": len(rows) * len(training.history) / seconds,
-    }
-    return model, metrics, logits.softmax(1).cpu().numpy()
+        "images_per_second": len(rows) * sum(map(len, histories)) / seconds,
+    }, logits.softmax(1).cpu().numpy()
 
 
 def confused_pairs(labels, preds, classes, most=3):
@@ -643,7 +974,7 @@ STRATEGIES = (
 )
 
 
-def report(metrics, data, probs):
+def report(settings, metrics, data, probs):
     """Tell what the run achieved, where it errs, and what to try next."""
     labels, preds = data.test_labels.cpu().numpy(), probs.argmax(1)
     low, high = metrics["test_accuracy_interval"]
@@ -652,7 +983,7 @@ def report(metrics, data, probs):
               "test": "chosen on these same images, so this number is optimistic"}  # fmt: skip
     tell(
         f"Test accuracy {metrics['test_accuracy']:.2%} (95 % interval {low:.2%} to "
-        f"{high:.2%}), epoch {metrics['best_epoch']}, {chosen[metrics['select_on']]}."
+        f"{high:.2%}), epoch {metrics['best_epoch']}, {chosen[settings.select_on]}."
     )
     tell(gap_text(metrics["train_accuracy"], metrics["test_accuracy"]))
     say("", "5. Accuracy of each class")
@@ -669,7 +1000,7 @@ def report(metrics, data, probs):
 def gap_text(train, test):
     """What the gap between training and test accuracy says about regularisation."""
     gap = train - test
-    text = f"On the training images, not augmented, it is {train:.2%}: a gap of {gap:+.2%}. "
+    text = f"On training images (10,000 at most, not augmented) {train:.2%}: a gap of {gap:+.2%}. "
     if gap > 0.1:
         return text + "The network memorises: more regularisation or augmentation should help."
     if gap > 0.03:
@@ -691,29 +1022,29 @@ def pair_text(pair, classes, close, wrong):
 # ------------------------------------------------------------------------- plots
 
 
-def plot_all(plt, training, metrics, probs):
+def plot_all(plt, settings, data, metrics, history, probs):
     """The figures of a run, by file name in the order of the talk."""
-    data = training.data
     labels = data.test_labels.cpu().numpy()
     return {
-        "01_augmented_samples": plot_samples(plt, training),
-        "02_training_curves": plot_history(plt, training.history, metrics, data.name),
+        "01_augmented_samples": plot_samples(plt, settings, data),
+        "02_training_curves": plot_history(plt, history, metrics, data.name),
         "03_per_class_accuracy": plot_classes(plt, metrics, data.name),
         "04_confusion_matrix": plot_confusion(plt, labels, probs, data),
-        "05_predictions": plot_predictions(plt, labels, probs, data, training.settings.seed),
+        "05_predictions": plot_predictions(plt, labels, probs, data, settings.seed),
     }
 
 
-def plot_samples(plt, training, rows=4, columns=8):
-    """What the network sees: training images after crop and flip."""
-    data, seed = training.data, training.settings.seed
-    drawn = draw_epoch(len(training.rows), PADDING, data.mirror, seed, 1)
-    order, top, left, mirrored = (part[: rows * columns] for part in drawn)
-    order = training.rows[order]
-    images = crop_and_flip(data.images.cpu(), order, top, left, mirrored)
-    flip = " and mirroring" if data.mirror else ""
+def plot_samples(plt, settings, data, rows=4, columns=8):
+    """What the network sees: training images after shift and mirroring."""
+    chosen = split_rows(data, settings.select_on)[0]
+    drawn = draw_epoch(len(chosen), settings, data.mirror, epoch=1)
+    drawn = {name: part[: rows * columns] for name, part in drawn.items()}
+    order = chosen[drawn["order"]]
+    images = crop_and_flip(data.images.cpu(), order, drawn["top"], drawn["left"],
+                           drawn["mirrored"], settings.crop_fill)  # fmt: skip
     figure = image_grid(plt, images, rows, columns)
-    figure.suptitle(f"{data.name}: training images after random shifts{flip}")
+    mirrored = " and mirroring" if drawn["mirrored"].any() else ""
+    figure.suptitle(f"{data.name}: training images after random shifts{mirrored}")
     for axes, label in zip(figure.axes, data.labels.cpu()[order]):
         axes.set_title(data.classes[label], fontsize=9, loc="center")
     return figure
@@ -729,7 +1060,7 @@ def image_grid(plt, images, rows, columns):
 
 def plot_history(plt, history, metrics, name):
     """Loss, accuracy and learning rate against the epoch."""
-    epochs = [row["epoch"] for row in history]
+    epochs = range(1, len(history) + 1)  # the networks of an ensemble one after another
     split = history[0]["eval_split"]
     figure, (loss, share, lr) = plt.subplots(1, 3, figsize=(12, 4))
     for axes, key, what in ((loss, "loss", "cross-entropy"), (share, "accuracy", "accuracy")):
@@ -738,13 +1069,12 @@ def plot_history(plt, history, metrics, name):
         if split != "none":
             axes.plot(epochs, [row[f"eval_{key}"] for row in history], "s--", color=ORANGE,
                       label=f"{split} (clean)")  # fmt: skip
-        axes.axvline(metrics["best_epoch"], color=GREEN, ls=":", label="kept epoch")
         axes.set(xlabel="epoch", ylabel=what)
     loss.legend(fontsize=9)
     lr.step(epochs, [row["lr"] for row in history], "o-", where="post", color=RED)
-    lr.set(xlabel="epoch", ylabel="learning rate", ylim=(0, None))
+    lr.set(xlabel="epoch", ylabel="learning rate at its start", ylim=(0, None))
     figure.suptitle(
-        f"{name}: epoch {metrics['best_epoch']} is kept; {metrics['test_accuracy']:.1%} on test"
+        f"{name}: {metrics['test_accuracy']:.1%} on test with epoch {metrics['best_epoch']}"
     )
     return figure
 
@@ -809,9 +1139,18 @@ def plot_predictions(plt, labels, probs, data, seed, rows=4, columns=6):
 
 
 def parse_arguments(argv):
-    """The options given (settings that were left out are absent) and the parser."""
+    """The options that were given; settings that were left out are absent."""
+    bundles = "".join(
+        textwrap.fill(
+            f"{name}: " + " ".join(f"--{k.replace('_', '-')} {v}" for k, v in bundle.items()),
+            78, initial_indent="  ", subsequent_indent="    ", break_on_hyphens=False,
+        ) + "\n"
+        for name, bundle in PRESETS.items()
+    )  # fmt: skip
     parser = argparse.ArgumentParser(
-        description="Train a small CNN on CIFAR-10 and report what it learned."
+        description="Train a CNN on CIFAR-10 and report what it learned.",
+        epilog=f"presets, as the options they stand for:\n{bundles}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     for option in fields(Settings):
         how = dict(option.metadata)
@@ -820,25 +1159,40 @@ def parse_arguments(argv):
         parser.add_argument(name, default=argparse.SUPPRESS, **how)
     parser.add_argument("--data-dir", type=Path, default=Path("data"),
                         help="folder that holds or receives CIFAR-10 (default: data)")  # fmt: skip
-    parser.add_argument("--output-dir", type=Path,
-                        help="where to write (default: outputs/part2 for CIFAR-10)")  # fmt: skip
+    parser.add_argument("--output-dir", type=Path, help="where to write (default: outputs/part2 "
+                        "for the baseline on CIFAR-10, else a folder beside it)")  # fmt: skip
     parser.add_argument("--resume", action="store_true",
                         help="continue from last.pt in the output folder")  # fmt: skip
-    parser.add_argument("--show", action="store_true", help="show the plots in windows, too")
+    parser.add_argument("--show", action="store_true", help="also show the plots in windows")
     return parser.parse_args(argv)
 
 
-def resolve(settings, data=None):
-    """Settings with every "auto" replaced by what it means on this machine."""
+def check_combination(settings, given):
+    """Raise a UserError for options that make no sense together."""
+    if "momentum" in given and settings.optimizer in ("adam", "adamw"):
+        raise UserError(f"--momentum is for sgd and muon; {settings.optimizer} has its own")
+    if settings.warmup_epochs >= settings.epochs:
+        raise UserError(
+            f"--warmup-epochs {settings.warmup_epochs:g} leaves nothing of --epochs "
+            f"{settings.epochs}: give a smaller one"
+        )
+
+
+def resolve(settings):
+    """Settings with "auto" replaced by what it means on this machine, and why."""
     device, reason = choose_device(settings.device)
     precision = choose_precision(settings.precision, device)
     return replace(settings, device=str(device), precision=precision), reason
 
 
 def default_folder(settings):
-    """outputs/part2 for CIFAR-10; every other run has a folder of its own."""
-    suffix = "" if settings.dataset in ("auto", "cifar10") else f"-{settings.dataset}"
-    return Path(f"outputs/part2{suffix}")
+    """outputs/part2 for the baseline on CIFAR-10; every other run has its own folder."""
+    names = ["part2"]
+    if settings.preset != "baseline":
+        names.append(settings.preset)
+    if settings.dataset == "digits":
+        names.append(settings.dataset)
+    return Path("outputs", "-".join(names))
 
 
 def read_last(path, given):
@@ -851,9 +1205,9 @@ def read_last(path, given):
     """
     checkpoint = load_checkpoint(path)
     try:
-        stored = Settings(**{f.name: checkpoint["config"][f.name] for f in fields(Settings)})
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{path} lacks the setting {error}: start afresh") from error
+        stored = Settings(**checkpoint["config"])
+    except TypeError as error:
+        raise UserError(f"{path} holds other settings ({error}): start afresh") from error
     differing = [
         f"--{name.replace('_', '-')} {value} (was {getattr(stored, name)})"
         for name, value in given.items()
@@ -880,9 +1234,7 @@ def restore(training, checkpoint, path):
     try:
         training.restore(checkpoint)
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"{path} does not fit this network ({str(error).splitlines()[0]}): start afresh"
-        ) from error
+        raise UserError(f"{path} does not fit this network ({error}): start afresh") from error
 
 
 @command
@@ -890,11 +1242,12 @@ def main(argv=None):
     """Load, show, train, evaluate, explain, save."""
     a = parse_arguments(argv)
     given = {f.name: getattr(a, f.name) for f in fields(Settings) if hasattr(a, f.name)}
-    settings, checkpoint = Settings(**given), None
-    last = (a.output_dir or default_folder(settings)) / "last.pt"
+    settings = Settings(**PRESETS[given.get("preset", "baseline")] | given)
+    check_combination(settings, given)
+    last, checkpoint = (a.output_dir or default_folder(settings)) / "last.pt", None
     if a.resume and last.exists():
         checkpoint, settings = read_last(last, given)
-        if checkpoint["finished"]:
+        if checkpoint.get("finished"):
             return say(f"The run in {last.parent} is finished; nothing was changed.")
     elif a.resume:
         say(f"There is no {last}: starting afresh.")
@@ -904,73 +1257,60 @@ def main(argv=None):
     data = load_data(settings.dataset, a.data_dir).to(settings.device)
     settings = replace(settings, dataset=data.key)
     folder = output_folder(a.output_dir or default_folder(settings))
-    training = Training(settings, data)
-    if checkpoint:
-        restore(training, checkpoint, last)
-    else:
-        write_json(folder / "config.json", training.config)
-    introduce(training, reason)
+    introduce(settings, data, reason)
+    write_json(folder / "config.json", asdict(settings))
     try:
-        fit(training, folder)
-    except Interrupted:
-        raise Interrupted(how_to_go_on(training, folder, a.data_dir)) from None
+        histories = train_members(settings, data, folder, checkpoint)
+    except Interrupted as stop:
+        command = f"python part2_cifar_cnn.py --output-dir {folder} --data-dir {a.data_dir}"
+        raise Interrupted(f"{stop} {command} --resume") from None
 
-    model, metrics, probs = evaluate_kept(training, folder)
-    metrics = describe_run(training) | metrics
-    report(metrics, data, probs)
-    save_results(folder, metrics, data, probs)
-    plt = load_pyplot(a.show)
-    for name, figure in plot_all(plt, training, metrics, probs).items():
+    metrics, probs = measure_kept(folder, data, settings, histories)
+    report(settings, metrics, data, probs)
+    say("", f"8. Files in {folder}")
+    save_results(folder, settings, metrics, data, probs)
+    plt, history = load_pyplot(a.show), [row for rows in histories for row in rows]
+    for name, figure in plot_all(plt, settings, data, metrics, history, probs).items():
         save_figure(figure, folder / f"{name}.png")
         say(f"  {name}.png")
-    save_epoch(training, folder, finished=True)
+    finished = load_checkpoint(folder / "last.pt") | {"finished": True}
+    save_checkpoint(folder / "last.pt", **finished)
     finish_figures(plt, a.show)
 
 
-def introduce(training, reason):
+def introduce(settings, data, reason):
     """Steps 1 to 3 of the narration, up to the table of epochs."""
-    settings, data, config = training.settings, training.data, training.config
+    rows, held = split_rows(data, settings.select_on)
     say("1. Machine and data")
     tell(f"Computing on {settings.device} ({reason}) in {settings.precision}.")
     tell(
-        f"{data.name}: {len(training.rows):,} images train, {len(training.held):,} are held out "
-        f"to choose the epoch, {len(data.test_labels):,} test at the end."
+        f"{data.name}: {len(rows):,} images train, {len(held):,} are held out to choose the "
+        f"epoch, {len(data.test_labels):,} test at the end."
     )
-    say("", f"2. The network: {config['model']}, {count_parameters(training.model):,} parameters")
+    if not data.mirror and (settings.flip, settings.tta) != ("none", "none"):
+        tell(f"Mirrored {data.name} are others: --flip and mirrored --tta views are left out.")
+    parameters = count_parameters(settings)
+    say("", f"2. The network: {settings.model}, {parameters:,} parameters")
     tell(
-        f"Adam, learning rate {settings.lr:g}, batches of {settings.batch_size}, dropout "
-        f"{settings.dropout:g}, {settings.epochs} epochs, seed {settings.seed}."
+        f"{settings.optimizer}, learning rate {settings.lr:g}, schedule {settings.schedule}, "
+        f"batches of {settings.batch_size}, {settings.epochs} epochs, seed {settings.seed}."
     )
-    say("", f"3. Training ({training.steps} steps an epoch)")
+    say("", f"3. Training ({math.ceil(len(rows) / settings.batch_size)} steps an epoch)")
 
 
-def count_parameters(model):
-    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+def count_parameters(settings):
+    """Number of weights and biases of the network, or of all those of an ensemble."""
+    return sum(p.numel() for p in build_model(asdict(settings)).parameters())
 
 
-def how_to_go_on(training, folder, data_dir):
-    """What Ctrl-C leaves, and the command that continues."""
-    done = len(training.history)
-    command = f"python part2_cifar_cnn.py --output-dir {folder} --data-dir {data_dir}"
-    if not done:
-        return f"no epoch is complete yet; start again with: {command}"
-    return f"epoch {done} of {training.settings.epochs} is saved; go on with: {command} --resume"
-
-
-def describe_run(training):
-    """The part of metrics.json that is known before the evaluation."""
-    keys = ("dataset", "seed", "device", "precision", "epochs", "select_on")
-    return {key: getattr(training.settings, key) for key in keys} | {
-        "preset": "baseline", "parameters": count_parameters(training.model),
-    }  # fmt: skip
-
-
-def save_results(folder, metrics, data, probs):
-    """metrics.json and test_scores.csv: label and class probabilities of each test image."""
-    say("", f"8. Files in {folder}")
+def save_results(folder, settings, metrics, data, probs):
+    """metrics.json, and test_scores.csv: label and class probabilities of each image."""
+    keys = ("dataset", "preset", "seed", "device", "precision", "epochs", "select_on")
+    described = {key: getattr(settings, key) for key in keys}
+    described["parameters"] = count_parameters(settings)
+    write_json(folder / "metrics.json", described | metrics)
     labels = [data.classes[label] for label in data.test_labels.tolist()]
     columns = {name: probs[:, i].astype(str) for i, name in enumerate(data.classes)}
-    write_json(folder / "metrics.json", metrics)
     write_csv(folder / "test_scores.csv", {"label": labels} | columns)
     say("  config.json, history.csv, best.pt, last.pt, metrics.json, test_scores.csv")
 

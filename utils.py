@@ -116,9 +116,10 @@ def say(*lines):
 
 
 def tell(text):
-    """Print a paragraph, wrapped to the terminal (80 columns at most) and indented."""
-    width = min(80, shutil.get_terminal_size().columns)
-    say(textwrap.fill(text, max(width, 30), initial_indent="  ", subsequent_indent="  "))
+    """Print a paragraph, wrapped and indented; a table's row (indented) stays as it is."""
+    width = max(30, min(80, shutil.get_terminal_size().columns))
+    row = text.startswith("  ")
+    say(text if row else textwrap.indent(textwrap.fill(text, width - 2), "  "))
 
 
 def on_terminal():
