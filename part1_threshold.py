@@ -7,7 +7,7 @@
 A case is called positive when ``score >= threshold``. One pass over the scores
 fills a small table of counts (class x gap between thresholds); every metric,
 the bootstrap, the hold-out check and the other class balances are computed
-from that table, so they cost the same for a thousand cases and for a billion.
+from that table, so they cost the same for a thousand cases and for ten million.
 
 Writes summary.json, thresholds.csv, scores.csv (simulated scores only) and the
 plots 01_... to 05_...png into the output folder. README.md has the time it takes.
@@ -16,6 +16,7 @@ plots 01_... to 05_...png into the output folder. README.md has the time it take
 import argparse
 import csv
 import sys
+import textwrap
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
@@ -163,8 +164,11 @@ def _read_npz(path, *names):
         raise
     except Exception as error:  # a damaged archive can raise almost anything
         raise UserError(f"{path} is not a readable NPZ file ({error})") from error
-    if scores.dtype.kind not in "fiub":
-        raise UserError(f"{path}: {names[1]} holds {scores.dtype}, not numbers")
+    if scores.dtype.kind not in "fiub" or labels.dtype.kind not in "fiubUS":
+        raise UserError(f"{path}: {names[0]} is {labels.dtype} and {names[1]} is {scores.dtype}: "
+                        "labels must be numbers or text, scores numbers")  # fmt: skip
+    if labels.dtype.kind == "S":
+        labels = np.char.decode(labels, errors="backslashreplace")
     narrow = scores.dtype.kind == "f" and scores.dtype.itemsize <= 8
     dtype = scores.dtype.newbyteorder("=") if narrow else np.float64
     return labels, scores.astype(dtype, copy=False), ("index", range(scores.size))
@@ -177,7 +181,8 @@ def _find_columns(path, present, wanted):
         if present.count(name) != 1:
             raise UserError(
                 f"{path} has {present.count(name)} columns {name!r} among "
-                f"{', '.join(present)}: name yours with --label-column, --score-column"
+                f"{textwrap.shorten(', '.join(present), 300)}: name yours with --label-column "
+                "and --score-column"
             )
     return [present.index(name) for name in wanted]
 
@@ -192,8 +197,8 @@ def _find_positives(what, values, positive):
             f"{what} are not all 0 or 1 (there is {found}): say with --positive "
             "which value is positive"
         )
-    same_text = np.zeros(values.size, bool) if numbers is not None else values == positive
-    labels = same_text if wanted is None or numbers is None else numbers == wanted
+    as_text = numbers is None or wanted is None
+    labels = values.astype(str) == positive if as_text else numbers == wanted
     if not labels.any() or labels.all():
         raise UserError(
             f"{what} are {'all' if labels.all() else 'never'} {positive or 1} (there is "
@@ -291,21 +296,21 @@ def counts_at(cells, thresholds):
     )
 
 
-def sort_with_labels(labels, scores):
-    """Scores in ascending order (float64) with their labels."""
-    scores = scores.astype(np.float64) + 0.0  # a copy; -0.0 becomes 0.0
-    if scores.min() < 0 or scores.max() > 1:
-        order = np.argsort(scores)
-        return scores[order], labels[order]
-    # The bits of floats in [0, 1] sort like integers and leave the top two bits
-    # free, so the label fits in below them: one plain sort, 5 times an argsort's speed.
-    keys = scores.view(np.int64)
+def sort_with_labels(labels, scores, ordered, positive):
+    """Fill ``ordered`` (float64) with the sorted scores, ``positive`` with their labels."""
+    np.add(scores, 0.0, out=ordered)  # -0.0 becomes 0.0
+    if ordered.min() < 0 or ordered.max() > 1:
+        order = np.argsort(ordered)
+        ordered[:], positive[:] = ordered[order], labels[order]
+        return
+    # The bits of floats in [0, 1] sort like integers and leave the top two bits free,
+    # so the label fits in below them: one plain sort, 5 times as fast as an argsort.
+    keys = ordered.view(np.int64)
     keys <<= 1
     keys |= labels
     keys.sort()
-    labels = (keys & 1).astype(bool)
+    np.bitwise_and(keys, 1, out=positive)
     keys >>= 1
-    return keys.view(np.float64), labels
 
 
 def count_distinct(labels, scores):
@@ -314,19 +319,18 @@ def count_distinct(labels, scores):
     That last threshold is the next float above the highest score. Equal scores
     are one threshold: no rule can tell them apart.
     """
-    ordered, positive = sort_with_labels(labels, scores)
-    first = np.flatnonzero(np.append(True, ordered[1:] != ordered[:-1]))
-    positives_below = np.append(0, np.cumsum(positive))[np.append(first, ordered.size)]
-    n_positive = int(positives_below[-1])
-    n_negative = ordered.size - n_positive
-    nobody = np.nextafter(scores.max(), np.inf, dtype=scores.dtype)
-    return Counts(
-        np.append(ordered[first], np.float64(nobody)),
-        n_positive - positives_below,
-        n_negative - (np.append(first, ordered.size) - positives_below),
-        n_positive,
-        n_negative,
-    )
+    n = scores.size
+    threshold, tp, fp = np.empty(n + 1), np.zeros(n + 1, np.int64), np.arange(n, -1, -1)
+    threshold[n] = np.nextafter(scores.max(), np.inf, dtype=scores.dtype)
+    sort_with_labels(labels, scores, threshold[:n], tp[1:])
+    np.cumsum(tp, out=tp)  # positives below each score, ...
+    np.subtract(tp[n], tp, out=tp)  # ... and at or above it
+    fp -= tp
+    first = threshold[1:] != threshold[:-1]
+    if not first.all():
+        first = np.append(True, first)
+        threshold, tp, fp = threshold[first], tp[first], fp[first]
+    return Counts(threshold, tp, fp, int(tp[0]), int(fp[0]))
 
 
 def counts_from(distinct, thresholds):
@@ -356,17 +360,17 @@ class Objective:
     min_precision: float | None = None
     min_recall: float | None = None
     max_alert_rate: float | None = None
+    probabilities: bool = True  # whether the scores are, as net benefit needs
 
 
 def ratio(a, b):
-    """a / b, and 0 where b is 0 (no alert, say, has precision 0)."""
-    a, b = np.broadcast_arrays(np.asarray(a, float), np.asarray(b, float))
-    return np.divide(a, b, out=np.zeros(a.shape), where=b != 0)
+    """a / b, and 0 where both are 0 (no alert, say, has precision 0)."""
+    return a / (b + (b == 0))
 
 
 def _f_beta(c, beta):
     # Never 2PR / (P + R): that is 0/0 where nothing is predicted.
-    return ratio((1 + beta**2) * c.tp, (1 + beta**2) * c.tp + beta**2 * c.fn + c.fp)
+    return ratio((1 + beta**2) * c.tp, beta**2 * c.n_positive + c.tp + c.fp)
 
 
 def _mcc(c, o):
@@ -385,8 +389,10 @@ def _kappa(c, o):
 
 def _net_benefit(c, o):
     """Vickers and Elkin 2006: a false alarm weighs t / (1 - t) of a hit."""
-    t = np.where((c.threshold >= 0) & (c.threshold < 1), c.threshold, np.nan)
-    return (c.tp - c.fp * (t / (1 - t))) / total(c)
+    weight = np.divide(c.threshold, 1 - c.threshold, where=c.threshold < 1,
+                       out=np.full(c.threshold.shape, np.inf))  # fmt: skip
+    harm = np.multiply(c.fp, weight, where=c.fp > 0, out=np.zeros(c.fp.shape))
+    return (c.tp - harm) / total(c) if o.probabilities else np.full(c.fp.shape, np.nan)
 
 
 def total(c):
@@ -460,14 +466,20 @@ def shortfall(counts, objective):
 def eligible(counts, objective):
     """Goodness, and -inf where a limit is missed or the metric has no value."""
     values = goodness(counts, objective)
-    return np.where((shortfall(counts, objective) > 0) | np.isnan(values), -np.inf, values)
+    if any(getattr(objective, limit) is not None for limit in LIMITS):
+        values = np.where(shortfall(counts, objective) > 0, -np.inf, values)
+    return np.where(np.isnan(values), -np.inf, values)
+
+
+def near(objective):
+    """A loss of the metric that is too small to care about."""
+    return NEAR * (max(objective.fp_cost, objective.fn_cost) if objective.metric == "cost" else 1)
 
 
 def choose(values):
-    """Index of the best value along the last axis; of several, the middle one."""
-    tied = values >= values.max(-1, keepdims=True) - TOLERANCE
-    middle = (tied.sum(-1, keepdims=True) + 1) // 2
-    return (tied.cumsum(-1, dtype=np.int32) >= middle).argmax(-1)
+    """Index of the best of ``values``, shape (T,); of equally good ones, the middle one."""
+    tied = np.flatnonzero(values >= values.max() - TOLERANCE)
+    return int(tied[(tied.size - 1) // 2])
 
 
 def run_around(mask, index):
@@ -477,7 +489,7 @@ def run_around(mask, index):
     return [gaps[after - 1] + 1, gaps[after] - 1]
 
 
-def find_best(counts, objective, piece=1 << 16):
+def find_best(counts, objective, piece=1 << 17):
     """Index of the best threshold that keeps the limits.
 
     Raises
@@ -485,16 +497,18 @@ def find_best(counts, objective, piece=1 << 16):
     UserError
         If none does; the text gives the closest attainable.
     """
-    # Pieces that fit the cache: twice as fast at ten million distinct scores.
+    # In pieces that fit the cache; only those that hold the best are looked at again.
     pieces = [counts[i : i + piece] for i in range(0, counts.tp.size, piece)]
-    values = np.concatenate([eligible(part, objective) for part in pieces])
-    best = int(choose(values))
-    if np.isfinite(values[best]):
-        return best
+    tops = np.array([eligible(part, objective).max() for part in pieces])
+    if np.isfinite(tops).any():
+        best = [i for i in range(len(pieces)) if tops[i] >= tops.max() - TOLERANCE]
+        values = np.concatenate([eligible(pieces[i], objective) for i in best])
+        place = choose(values)
+        return best[place // piece] * piece + place % piece
     given = {limit: getattr(objective, limit) for limit in LIMITS}
     given = [f"--{k.replace('_', '-')} {v:g}" for k, v in given.items() if v is not None]
     if not given:
-        raise UserError("net_benefit has no value at these scores: choose another --metric")
+        raise UserError(f"{objective.metric} has no value at these scores: choose another --metric")
     closest = entry(counts, objective, int(shortfall(counts, objective).argmin()))
     raise UserError(
         f"no threshold satisfies {' and '.join(given)}; the closest is "
@@ -552,25 +566,26 @@ def bootstrap(cells, thresholds, objective, chosen, default, seed):
     counts = counts_at(drawn, thresholds)
     values = eligible(counts, objective)
     usable = np.isfinite(values).any(-1)  # a replicate may miss the limits everywhere
-    picks, rows = choose(values[usable]), np.arange(usable.sum())
+    picks, rows = np.array([*map(choose, values[usable])]), np.arange(usable.sum())
     here = goodness(counts, objective)[usable]
     there = goodness(counts_at(cells, thresholds), objective)
-    sign = direction(objective)
+    # The chosen threshold's own excess is zero but for chance: less noise without it.
+    excess, sign = here - there, direction(objective)
     result = {
         "replicates": rows.size,
         "dropped": REPLICATES - rows.size,
         "threshold": interval(thresholds[picks], method="inverted_cdf"),
         "value": np.sort(sign * interval(here[:, chosen])),
-        "optimism": sign * (here[rows, picks] - there[picks]).mean(),
+        "optimism": sign * (excess[rows, picks] - excess[:, chosen]).mean(),
         "bands": {
             metric: interval(measure(metric, counts, objective))
             for metric in {*CURVES, objective.metric}
         },
     }
     if default is not None:
-        gains, plain = here - here[:, [default]], there - there[default]
-        result["gain"] = interval(gains[:, chosen])
-        result["gain_optimism"] = (gains[rows, picks] - plain[picks]).mean()
+        result["gain"] = interval(here[:, chosen] - here[:, default])
+        gained = excess - excess[:, [default]]
+        result["gain_optimism"] = (gained[rows, picks] - gained[:, chosen]).mean()
     return result
 
 
@@ -602,7 +617,7 @@ def check_holdout(cells, thresholds, objective, default, share, seed):
         return None
     choosing, scoring = (counts_at(c, thresholds) for c in hold_out(cells, share, seed))
     values = eligible(choosing, objective)
-    chosen = int(choose(values))
+    chosen = choose(values)
     if not np.isfinite(values[chosen]):
         return None
     good = goodness(scoring, objective)
@@ -685,6 +700,7 @@ def analyse(labels, scores, objective, exact=False, share=0.5, seed=0):
             f"the scores run from {scores.min():.6g} to {scores.max():.6g}: give "
             "probabilities in [0, 1], or add --exact for other scores"
         )
+    objective = replace(objective, probabilities=probabilities)
     distinct = count_distinct(labels, scores)
     thresholds = GRID if probabilities else quantiles(distinct)
     default = int(np.searchsorted(GRID, 0.5)) if probabilities else None
@@ -707,13 +723,19 @@ def analyse(labels, scores, objective, exact=False, share=0.5, seed=0):
         "balances": other_balances(counts, default),
     }
     if exact:
-        summary["exact"] = entry(distinct, objective, find_best(distinct, objective))
-        loss = summary["exact"]["value"] - summary["best"]["value"]
-        summary["exact"]["grid_loss"] = direction(objective) * loss
+        summary["exact"] = exact_optimum(distinct, summary["best"], objective)
     if probabilities:
         theory = check_theory(distinct, summary["best"], objective)
         summary["calibration"] = calibration(labels, scores) | theory
     return summary, counts, distinct, sure["bands"]
+
+
+def exact_optimum(distinct, best, objective):
+    """The best of all distinct scores, and what keeping to the table costs."""
+    found = entry(distinct, objective, find_best(distinct, objective))
+    loss = direction(objective) * (found["value"] - best["value"])
+    # Net benefit falls with the threshold itself, so one between two scores can win.
+    return (best if loss < 0 else found) | {"grid_loss": max(loss, 0.0)}
 
 
 def quantiles(distinct):
@@ -727,7 +749,7 @@ def areas(distinct, objective):
     """Areas under the ROC curve (trapezoids) and the precision-recall curve (steps)."""
     recall, precision = (measure(m, distinct, objective) for m in ("recall", "precision"))
     return {
-        "roc_auc": -np.trapezoid(recall, distinct.fp / distinct.n_negative),
+        "roc_auc": abs(np.trapezoid(recall, distinct.fp / distinct.n_negative)),
         "average_precision": -np.diff(recall) @ precision[:-1],
     }
 
@@ -738,7 +760,7 @@ def describe_choice(counts, objective, chosen, default, sure):
     best = entry(counts, objective, chosen)
     ranges = {
         name: counts.threshold[run_around(values >= values[chosen] - loss, chosen)]
-        for name, loss in (("plateau", TOLERANCE), ("near_optimal", NEAR))
+        for name, loss in (("plateau", TOLERANCE), ("near_optimal", near(objective)))
     }
     others = {metric: replace(objective, metric=metric) for metric in METRICS}
     picks = {m: choose(eligible(counts, other)) for m, other in others.items()}
@@ -755,7 +777,7 @@ def describe_choice(counts, objective, chosen, default, sure):
             "corrected": good[chosen] - good[default] - sure["gain_optimism"],
             "corrected_interval": sure["gain"] - sure["gain_optimism"],
         },
-        "by_metric": {m: entry(counts, others[m], int(pick)) for m, pick in picks.items()},
+        "by_metric": {m: entry(counts, others[m], pick) for m, pick in picks.items()},
         **{name: {"low": low, "high": high} for name, (low, high) in ranges.items()},
         "constraints": {limit: getattr(objective, limit) for limit in LIMITS},
         "bootstrap": {key: sure[key] for key in ("replicates", "dropped")},
@@ -767,7 +789,7 @@ def other_balances(counts, default):
     rows = []
     for share in BALANCES:
         values = measure("f1", counts, Objective(prevalence=share))
-        best = int(choose(values))
+        best = choose(values)
         rows.append({
             "prevalence": share, "threshold": counts.threshold[best], "f1": values[best],
             "f1_at_default": None if default is None else values[default],
@@ -805,7 +827,8 @@ def plot_all(plt, summary, objective, counts, distinct, bands):
         "01_precision_recall_f1_vs_threshold": plot_thresholds(
             plt, objective, counts, bands, best, mark,
             {m: best for m in ("precision", "recall", "f1")},
-            f"From {low:.3g} to {high:.3g}, {name_of(metric)} is within {NEAR} of its best",
+            f"From {low:.3g} to {high:.3g}, {name_of(metric)} is within {near(objective):g} "
+            "of its best",
         ),
         "02_precision_recall_curve": plot_curve(
             plt, pr, (best["recall"], best["precision"]), mark, "precision-recall",
@@ -819,7 +842,9 @@ def plot_all(plt, summary, objective, counts, distinct, bands):
         ),
         "04_metric_comparison": plot_thresholds(
             plt, objective, counts, bands, best, mark, {m: own[m] for m in compared},
-            "Best at: " + ", ".join(f"{name_of(m)} {own[m]['threshold']:.3g}" for m in compared),
+            "The metrics differ on the best threshold: from "
+            f"{min(own[m]['threshold'] for m in compared):.3g} to "
+            f"{max(own[m]['threshold'] for m in compared):.3g}",
         ),
     }  # fmt: skip
     if summary["calibration"]:
@@ -832,12 +857,16 @@ def plot_thresholds(plt, objective, counts, bands, best, mark, points, title):
     figure, axes = plt.subplots()
     for metric, point in points.items():
         color, style = CURVES.get(metric, (RED, "-"))
+        scale = axes.twinx() if metric == "cost" else axes  # money has its own axis
         values = measure(metric, counts, objective)
-        axes.plot(counts.threshold, values, style, color=color, label=name_of(metric))
-        axes.fill_between(counts.threshold, *bands[metric], color=color, alpha=0.15, lw=0)
-        axes.plot(point["threshold"], point[metric], "o", color=color)
+        scale.plot(counts.threshold, values, style, color=color)
+        scale.fill_between(counts.threshold, *bands[metric], color=color, alpha=0.15, lw=0)
+        scale.plot(point["threshold"], point[metric], "o", color=color)
+        axes.plot([], [], style, color=color, label=name_of(metric))
+        if metric == "cost":
+            scale.set_ylabel("cost per case", color=color)
     axes.axvline(best["threshold"], color=RED, lw=1, label=mark)
-    if counts.threshold is GRID:
+    if objective.probabilities:
         axes.axvline(0.5, color="gray", lw=1.5, ls=":", label="default 0.5")
     axes.set(xlabel="threshold", ylabel="value, with 95 % bootstrap band", title=title)
     axes.legend(fontsize=9)
@@ -877,9 +906,9 @@ def plot_reliability(plt, found):
 def narrate(summary, objective, counts):
     """Tell the story of a run in numbered steps, every number from its summary."""
     story = {
-        "The best threshold": tell_choice(summary, objective),
+        "The best threshold": tell_choice(summary, objective, counts),
         "What moving the threshold does": tell_trade_off(counts, objective, summary["best"]),
-        "How sure this is": tell_certainty(summary),
+        "How sure this is": tell_certainty(summary, objective),
         "Are the scores probabilities?": tell_calibration(summary, objective),
         "Which metric when": [
             "F1 when only the positives matter and both errors weigh alike; Youden's J or "
@@ -916,7 +945,7 @@ def headline(summary, objective):
     )
     if not is_real(gain):
         return text + "it cannot be told from zero, so keep 0.5."
-    return text + ("worth having." if gain["corrected"] > NEAR else "real, but hardly worth it.")
+    return text + ("worth having." if gain["corrected"] > near(objective) else "real, but small.")
 
 
 def is_real(gain):
@@ -924,7 +953,7 @@ def is_real(gain):
     return gain["corrected_interval"][0] > 0
 
 
-def tell_choice(summary, objective):
+def tell_choice(summary, objective, counts):
     yield headline(summary, objective)
     yield "  best for           threshold    value  precision  recall  specificity"
     for metric in dict.fromkeys([objective.metric, "f1", "youden_j", "balanced_accuracy"]):
@@ -940,6 +969,13 @@ def tell_choice(summary, objective):
         f"ROC AUC {summary['roc_auc']:.4f}, average precision "
         f"{summary['average_precision']:.4f}."
     )
+    if best["threshold"] in (counts.threshold[0], counts.threshold[-1]):
+        yield "That is the edge of the table: --exact looks beyond it."
+    if objective.metric == "net_benefit":
+        yield (
+            "Net benefit weighs false alarms by the odds of the threshold, so its values at "
+            "two thresholds answer two questions: compare models with it, not thresholds."
+        )
     if exact:
         nobody = ", which predicts nobody" * (exact["tp"] + exact["fp"] == 0)
         yield (
@@ -961,13 +997,13 @@ def tell_trade_off(counts, objective, best):
         )
 
 
-def tell_certainty(summary):
+def tell_certainty(summary, objective):
     best, drawn, held = summary["best"], summary["bootstrap"], summary["holdout"]
-    (low, high), near = best["threshold_interval"], summary["near_optimal"]
+    (low, high), good = best["threshold_interval"], summary["near_optimal"]
     yield (
         f"Chosen anew on {drawn['replicates']:,} resamples of the cases, the threshold lies "
-        f"from {low:.4g} to {high:.4g} (95 %). From {near['low']:.4g} to {near['high']:.4g} "
-        f"the value is within {NEAR} of the best. Corrected for optimism it is "
+        f"from {low:.4g} to {high:.4g} (95 %). From {good['low']:.4g} to {good['high']:.4g} "
+        f"the value is within {near(objective):g} of the best. Corrected for optimism it is "
         f"{best['value_corrected']:.4f}."
     )
     if drawn["dropped"]:
@@ -993,7 +1029,7 @@ def tell_calibration(summary, objective):
     if found["expected_threshold"] is not None:
         rule = "half the best F1" if objective.metric == "f1" else "c_FP / (c_FP + c_FN)"
         verdict = (
-            "close enough." if found["expected_loss"] <= NEAR else
+            "close enough." if found["expected_loss"] <= near(objective) else
             "so they are not calibrated: do not read them as probabilities, or recalibrate."
         )  # fmt: skip
         yield (
@@ -1066,9 +1102,9 @@ def parse_arguments(argv):
     add("--positive", help="label that is positive; every other one is negative")
     add = parser.add_argument_group("what is best").add_argument
     add("--metric", choices=METRICS, default="f1", help="column of thresholds.csv to optimise")
-    add("--beta", type=number(0, ends="()"), default=2.0, help="weight of recall in f_beta")
-    add("--fp-cost", type=number(0), default=1.0, help="cost of a false alarm")
-    add("--fn-cost", type=number(0), default=1.0, help="cost of a miss")
+    add("--beta", type=number(0, 1000, "(]"), default=2.0, help="weight of recall in f_beta")
+    add("--fp-cost", type=number(0, 1e9), default=1.0, help="cost of a false alarm")
+    add("--fn-cost", type=number(0, 1e9), default=1.0, help="cost of a miss")
     add("--min-precision", type=number(0, 1), help="limit on the precision")
     add("--min-recall", type=number(0, 1), help="limit on the recall")
     add("--max-alert-rate", type=number(0, 1), help="limit on the share of alerts")
@@ -1095,10 +1131,12 @@ def main(argv=None):
     else:
         labels, scores = simulate_scores(a.n_samples, a.positive_rate, a.scenario, a.seed)
         source = {"source": SCENARIOS[a.scenario][1], "scenario": a.scenario}
-    objective = Objective(**{f.name: getattr(a, f.name) for f in fields(Objective)})
+    goal = {f.name: getattr(a, f.name) for f in fields(Objective) if hasattr(a, f.name)}
+    objective = Objective(**goal)
     summary, counts, distinct, bands = analyse(
         labels, scores, objective, a.exact, a.holdout, a.seed
     )
+    objective = replace(objective, probabilities=summary["probabilities"])
     folder = output_folder(a.output_dir)
 
     say("1. The scores")

@@ -62,6 +62,9 @@ def command(main):
         except (UserError, RunFailed) as error:
             print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
             return 2 if isinstance(error, UserError) else 1
+        except MemoryError:
+            print("error: not enough memory: give fewer or smaller data", file=sys.stderr)
+            return 2
         except KeyboardInterrupt as stop:
             print(f"\ninterrupted{f': {stop}' if str(stop) else ''}", file=sys.stderr)
             return 130

@@ -1,0 +1,171 @@
+"""Part 2 against the plain way of writing it, in turn, each in a process of its own.
+
+    python tests/bench_part2.py --data-dir data                one seed, 10 epochs
+    python tests/bench_part2.py --data-dir data --sides ours,torchvision --seeds 5
+
+The sides: ``plain`` is torchvision transforms in a DataLoader with two workers,
+NCHW float32, conv-BatchNorm-ReLU-pool, and the same recipe otherwise; ``ours``
+is the baseline of part 2; ``torchvision`` is ours with torchvision's own random
+crop and flip, image by image; ``bfloat16`` and ``float32`` are ours in that
+precision. All train on the 50,000 images and are tested once, after the last
+epoch. Prints one line per run, then means and standard deviations.
+"""
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+
+def run_plain(data_dir, epochs, seed):
+    """What most people write; returns seconds of each epoch and the test accuracy."""
+    import torch
+    from torch import nn
+    from torchvision import datasets, transforms
+
+    torch.manual_seed(seed)
+    scale = [transforms.ToTensor(),
+             transforms.Normalize((0.4914, 0.4822, 0.4465), (0.247, 0.2435, 0.2616))]  # fmt: skip
+    augment = [transforms.RandomCrop(32, padding=4), transforms.RandomHorizontalFlip()]
+    sets = [datasets.CIFAR10(data_dir, train, transforms.Compose(steps))
+            for train, steps in ((True, augment + scale), (False, scale))]  # fmt: skip
+    train, test = (torch.utils.data.DataLoader(s, 128, shuffle=s is sets[0], num_workers=2)
+                   for s in sets)  # fmt: skip
+    model = nn.Sequential(
+        nn.Conv2d(3, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Conv2d(32, 64, 3, padding=1), nn.BatchNorm2d(64), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Flatten(), nn.Linear(4096, 64), nn.ReLU(), nn.Dropout(0.5), nn.Linear(64, 10),
+    )  # fmt: skip
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.001)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=5, gamma=0.5)
+    seconds = []
+    for _ in range(epochs):
+        start = time.perf_counter()
+        model.train()
+        for images, labels in train:
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(images), labels).backward()
+            optimizer.step()
+        scheduler.step()
+        seconds.append(time.perf_counter() - start)
+    model.eval()
+    with torch.no_grad():
+        right = sum((model(images).argmax(1) == labels).sum().item() for images, labels in test)
+    return seconds, right / 10_000
+
+
+def run_ours(data_dir, epochs, seed, side):
+    """The baseline of part 2, or a variant of it; the same return values."""
+    import torch
+
+    import part2_cifar_cnn as part2
+
+    settings, _ = part2.resolve(part2.Settings(
+        dataset="cifar10", device="cpu", epochs=epochs, seed=seed, select_on="last",
+        precision=side if side in ("float32", "bfloat16") else "auto",
+    ))  # fmt: skip
+    part2.prepare_machine(torch.device("cpu"))
+    data = part2.load_cifar10(Path(data_dir))
+    training = part2.Training(settings, data)
+    if side == "torchvision":
+        training.load_batch = lambda drawn: torchvision_batch(part2, data, drawn["order"])
+    for _ in range(epochs):
+        training.run_epoch()
+    logits = part2.predict(training.model, data.test_images, data, settings)
+    seconds = [row["seconds"] for row in training.history]
+    return seconds, part2.accuracy(logits, data.test_labels)
+
+
+def torchvision_batch(part2, data, order):
+    """Torchvision's random crop and flip, drawn by itself for each image."""
+    import torch
+    from torchvision.transforms import v2
+
+    augment = v2.Compose([v2.RandomCrop(32, padding=4), v2.RandomHorizontalFlip()])
+    images = data.images[order].permute(0, 3, 1, 2)
+    images = torch.stack([augment(image) for image in images]).permute(0, 2, 3, 1)
+    return part2.normalise(images, data.mean, data.std), data.labels[order]
+
+
+def child(side, data_dir, epochs, seed):
+    """One run in this process; prints its result as JSON."""
+    run = run_plain if side == "plain" else lambda *args: run_ours(*args, side)
+    seconds, accuracy = run(data_dir, epochs, seed)
+    peaks = (resource.getrusage(who).ru_maxrss
+             for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))  # fmt: skip
+    print(json.dumps({"seconds": seconds, "accuracy": accuracy, "megabytes": max(peaks) / 1e3}))
+
+
+def matmul_peak(dtype, size=2048, repeats=5):
+    """GFLOP/s of a square matrix product, the best of a few."""
+    import torch
+
+    a, b = torch.randn(2, size, size).to(dtype)
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        a @ b
+        times.append(time.perf_counter() - start)
+    return 2 * size**3 / min(times) / 1e9
+
+
+def flops_per_image():
+    """Multiplications and additions of one training image, forward and backward."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    import part2_cifar_cnn as part2
+
+    model = part2.build_model({"model": "small", "dropout": 0.5, "ensemble": 1})
+    with FlopCounterMode(display=False) as counter:
+        model(torch.zeros(128, 3, 32, 32)).sum().backward()
+    return counter.get_total_flops() / 128
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data-dir", required=True)
+    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--sides", default="plain,ours")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    parser.add_argument("--seed", type=int, help=argparse.SUPPRESS)
+    a = parser.parse_args()
+    if a.child:
+        return child(a.child, a.data_dir, a.epochs, a.seed)
+    import torch
+
+    sides = a.sides.split(",")
+    results = {side: [] for side in sides}
+    peak = matmul_peak(torch.float32)
+    print(f"float32 matrix product {peak:.0f} GFLOP/s, {torch.get_num_threads()} threads, "
+          f"torch {torch.__version__}")  # fmt: skip
+    print("side         seed  s/epoch  images/s  peak MB  test accuracy  share of peak", flush=True)
+    for seed in range(a.seeds):
+        for side in sides:
+            command = [sys.executable, __file__, "--child", side, "--seed", str(seed),
+                       "--data-dir", a.data_dir, "--epochs", str(a.epochs)]  # fmt: skip
+            out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+            result = json.loads(out.splitlines()[-1])
+            results[side].append(result)
+            pace = statistics.median(result["seconds"])
+            share = flops_per_image() * 50_000 / pace / 1e9 / peak
+            print(f"{side:<12} {seed:>4} {pace:>8.2f} {50_000 / pace:>9.0f} "
+                  f"{result['megabytes']:>8.0f} {result['accuracy']:>14.2%} {share:>14.0%}",
+                  flush=True)  # fmt: skip
+    for side, runs in results.items():
+        shares = [run["accuracy"] for run in runs]
+        spread = f" +- {statistics.stdev(shares):.2%}" if len(shares) > 1 else ""
+        pace = statistics.median(s for run in runs for s in run["seconds"])
+        print(f"{side}: {statistics.mean(shares):.2%}{spread} (n = {len(runs)}), "
+              f"{pace:.2f} s/epoch")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,721 @@
+"""Tests of part1_threshold.py: numbers against references, relations, files, errors."""
+
+import contextlib
+import csv
+import io
+import json
+import re
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+from numpy.testing import assert_allclose, assert_array_equal
+from sklearn import metrics as sk
+
+import part1_threshold as part1
+from part1_threshold import (
+    GRID, METRICS, Counts, Objective, analyse, bootstrap, calibration, choose, count_cells,
+    count_distinct, counts_at, find_best, hold_out, measure, read_scores, simulate_scores,
+)  # fmt: skip
+from utils import UserError
+
+COLUMNS = (
+    "threshold tp fp fn tn precision recall specificity f1 youden_j balanced_accuracy "
+    "accuracy f_beta mcc cohen_kappa cost net_benefit alert_rate"
+).split()
+HALF = 40  # index of 0.50 in the grid
+
+
+def sample(n=400, seed=0, decimals=None, dtype=np.float64):
+    """Random labels (both classes present) and overlapping scores in (0, 1)."""
+    rng = np.random.default_rng(seed)
+    labels = rng.random(n) < 0.4
+    labels[:2] = True, False
+    scores = np.where(labels, rng.beta(5, 3, n), rng.beta(3, 6, n))
+    return labels, (scores if decimals is None else scores.round(decimals)).astype(dtype)
+
+
+def sign_of(metric):
+    return -1 if metric == "cost" else 1
+
+
+def all_metrics(labels, scores, objective=Objective()):
+    counts = counts_at(count_cells(labels, scores), GRID)
+    return {metric: measure(metric, counts, objective) for metric in METRICS}
+
+
+def write_npz(path, labels, scores):
+    np.savez(path, y_true=labels, y_score=scores)
+    return path
+
+
+def results(folder):
+    """Summary (strict JSON: no NaN, no Infinity) and table (named columns) of a run."""
+    text = (folder / "summary.json").read_text()
+    summary = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} in the JSON"))
+    return summary, np.genfromtxt(folder / "thresholds.csv", delimiter=",", names=True)
+
+
+def run(folder, *arguments):
+    assert part1.main([*map(str, arguments), "--output-dir", str(folder)]) == 0
+    return results(folder)
+
+
+def assert_refused(folder, capsys, *arguments, out="out"):
+    """Status 2, one line on standard error, no new folder; returns the line."""
+    assert part1.main([*map(str, arguments), "--output-dir", str(folder / out)]) == 2
+    error = capsys.readouterr().err
+    assert re.fullmatch(r"error: [^\n]+\n", error) and not (folder / out).is_dir()
+    return error.replace(str(folder), "")
+
+
+@pytest.fixture(autouse=True)
+def no_drawing(monkeypatch):
+    """Skip the slow rendering of plots; `default_run` is made before and has its own."""
+    monkeypatch.setattr(Figure, "savefig", lambda *args, **kwargs: None)
+
+
+@pytest.fixture(scope="module")
+def default_run(tmp_path_factory):
+    """Folder and printed text of a run without other arguments."""
+    folder, text = tmp_path_factory.mktemp("default"), io.StringIO()
+    with contextlib.redirect_stdout(text):
+        assert part1.main(["--output-dir", str(folder)]) == 0
+    return folder, text.getvalue()
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_count_cells_equals_plain_comparisons(dtype):
+    """Also at, just below and just above each threshold (0.30 reaches 0.30) and each 1/128."""
+    decimals = [float(f"{i / 100:.2f}") for i in range(101)]
+    assert GRID.tolist() == decimals[10:91] == [float(f"0.{i}") for i in range(10, 91)]
+    rng, edges = np.random.default_rng(0), np.append(decimals, np.arange(129) / 128).astype(dtype)
+    around = [np.nextafter(edges, dtype(end)) for end in (0, 1)]
+    scores = np.concatenate([edges, *around, rng.random(70_000).astype(dtype)])
+    labels = rng.random(scores.size) < 0.3
+    counts = counts_at(count_cells(labels, scores), GRID)
+    predicted = scores >= GRID.astype(dtype)[:, None]
+    assert_array_equal(counts.tp, (predicted & labels).sum(1))
+    assert_array_equal(counts.fp, (predicted & ~labels).sum(1))
+    assert_array_equal(counts.fn, (~predicted & labels).sum(1))
+    assert_array_equal(counts.tn, (~predicted & ~labels).sum(1))
+
+
+SKLEARN = {
+    "precision": partial(sk.precision_score, zero_division=0),
+    "recall": sk.recall_score,
+    "specificity": partial(sk.recall_score, pos_label=0),
+    "f1": partial(sk.f1_score, zero_division=0),
+    "youden_j": lambda y, p: sk.recall_score(y, p) + sk.recall_score(y, p, pos_label=0) - 1,
+    "balanced_accuracy": sk.balanced_accuracy_score,
+    "accuracy": sk.accuracy_score,
+    "f_beta": partial(sk.fbeta_score, beta=2, zero_division=0),
+    "mcc": sk.matthews_corrcoef,
+    "cohen_kappa": lambda y, p: np.nan_to_num(sk.cohen_kappa_score(y, p)),
+}
+
+
+@pytest.mark.parametrize("metric", SKLEARN)
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_metric_equals_sklearn_at_every_threshold(metric, dtype):
+    """With ties on the grid; up to 0.25 all are called positive, above 0.80 nobody."""
+    labels, scores = sample(200, decimals=2, dtype=dtype)
+    scores = scores.clip(dtype(0.25), dtype(0.80))
+    expected = [SKLEARN[metric](labels, scores >= dtype(t)) for t in GRID]
+    assert_allclose(all_metrics(labels, scores)[metric], expected, rtol=1e-12, atol=1e-15)
+
+
+def test_cost_net_benefit_and_alert_rate_equal_their_formulas():
+    labels, scores = sample(300, decimals=2)
+    found = all_metrics(labels, scores, Objective(fp_cost=1.5, fn_cost=7))
+    at_10 = all_metrics(labels, scores, Objective(prevalence=0.1))
+    for i, t in enumerate(GRID):
+        tp, fp = (sum(y == k and s >= t for y, s in zip(labels, scores)) for k in (1, 0))
+        p, n, odds = labels.sum(), (~labels).sum(), t / (1 - t)
+        assert found["cost"][i] == pytest.approx((1.5 * fp + 7 * (p - tp)) / 300)
+        assert found["net_benefit"][i] == pytest.approx(tp / 300 - fp / 300 * odds)
+        assert found["alert_rate"][i] == pytest.approx((tp + fp) / 300)
+        expected = tp / p * 0.1 - fp / n * 0.9 * odds
+        assert at_10["net_benefit"][i] == pytest.approx(expected, abs=1e-15)
+
+
+def test_f_beta_at_1_is_f1_and_at_its_limits_precision_and_recall():
+    for beta, metric in (1, "f1"), (1e-6, "precision"), (1e6, "recall"):
+        found = all_metrics(*sample(), Objective(beta=beta))
+        assert_allclose(found["f_beta"], found[metric], atol=1e-9)
+
+
+@pytest.mark.parametrize("metric, expected", [("mcc", 0.5), ("cohen_kappa", 0.5), ("f1", 0.75)])
+def test_metrics_do_not_overflow_at_a_billion_cases_a_class(metric, expected):
+    n = 1_000_000_000
+    counts = Counts(np.array([0.5]), np.array([3 * n // 4]), np.array([n // 4]), n, n)
+    assert measure(metric, counts, Objective()) == pytest.approx([expected])
+
+
+@pytest.mark.parametrize("decimals", [None, 1])
+def test_areas_and_calibration_error_equal_sklearn_and_a_loop(decimals):
+    """Without and with ties; a bin has its lower edge, the last also 1.0."""
+    scores = sample(seed=1, decimals=decimals)[1]
+    labels, error = np.random.default_rng(1).random(scores.size) < scores, 0
+    scores[0] = 1
+    for k in range(10):
+        inside = np.array([min(int(s * 10), 9) == k for s in scores.tolist()])
+        if inside.any():
+            error += inside.mean() * abs(labels[inside].mean() - scores[inside].mean())
+    assert calibration(labels, scores)["ece"] == pytest.approx(error)
+    summary = analyse(labels, scores, Objective())[0]
+    assert summary["roc_auc"] == pytest.approx(sk.roc_auc_score(labels, scores))
+    expected = sk.average_precision_score(labels, scores)
+    assert summary["average_precision"] == pytest.approx(expected)
+
+
+PLAIN = {  # goodness (higher is better) of n cases at threshold t
+    "f1": lambda tp, fp, fn, tn, n, t: 2 * tp / (2 * tp + fp + fn),
+    "accuracy": lambda tp, fp, fn, tn, n, t: (tp + tn) / n,
+    "youden_j": lambda tp, fp, fn, tn, n, t: tp / (tp + fn) - fp / (fp + tn),
+    "mcc": lambda tp, fp, fn, tn, n, t: (
+        (tp * tn - fp * fn) / (((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn)) ** 0.5 or 1)
+    ),
+    "cost": lambda tp, fp, fn, tn, n, t: -(2 * fp + 3 * fn) / n,
+    "net_benefit": lambda tp, fp, fn, tn, n, t: (tp - fp * t / (1 - t)) / n if tp + fp else 0,
+}
+
+
+def brute_force(labels, scores, objective):
+    """Best goodness over every cut and "predict nobody"; -inf if none keeps the limits."""
+    best, n = -np.inf, labels.size
+    for cut in [*np.unique(scores), np.inf]:
+        hit = scores >= cut
+        tp, fp, fn, tn = (int((a & b).sum()) for a in (hit, ~hit) for b in (labels, ~labels))
+        if (
+            tp / max(tp + fp, 1) >= (objective.min_precision or 0) - 1e-12
+            and tp / (tp + fn) >= (objective.min_recall or 0) - 1e-12
+            and (tp + fp) / n <= (objective.max_alert_rate or 1) + 1e-12
+        ):
+            best = max(best, PLAIN[objective.metric](tp, fp, fn, tn, n, float(cut)))
+    return best
+
+
+@pytest.mark.parametrize(
+    "limits",
+    [{}, {"min_precision": 0.6}, {"min_recall": 0.7}, {"min_recall": 0.5, "max_alert_rate": 0.5}],
+)
+@pytest.mark.parametrize("metric", PLAIN)
+def test_exact_optimum_equals_brute_force(metric, limits):
+    """On 100 small data sets with ties, some of them float32 or outside [0, 1]."""
+    objective, answered = Objective(metric, fp_cost=2, fn_cost=3, **limits), 0
+    for seed in range(100):
+        labels, scores = sample(2 + seed % 28, seed, decimals=1 + seed % 2)
+        scores = scores.clip(0, 0.95)
+        if seed % 4 == 3 and metric != "net_benefit":
+            scores = (10 * scores - 5).astype(np.float32)
+        expected, counts = brute_force(labels, scores, objective), count_distinct(labels, scores)
+        if expected == -np.inf:
+            with pytest.raises(UserError, match="closest"):
+                find_best(counts, objective)
+            continue
+        answered, best = answered + 1, find_best(counts, objective)
+        value = sign_of(metric) * measure(metric, counts, objective)[best]
+        assert value == pytest.approx(expected, rel=1e-12, abs=1e-12), seed
+        predicted = scores >= counts.threshold[best]
+        assert counts.tp[best] == (predicted & labels).sum()
+        assert counts.fp[best] == (predicted & ~labels).sum()
+    assert answered > 20
+
+
+@pytest.mark.parametrize("metric", ["accuracy", "cost", "net_benefit"])
+@pytest.mark.parametrize("top", [0.99, 1.0])
+def test_predict_nobody_wins_where_it_should(metric, top):
+    """A single positive below all negatives, which score high."""
+    labels = np.arange(20) == 0
+    summary = analyse(labels, np.where(labels, 0.5, top), Objective(metric), exact=True)[0]
+    exact = summary["exact"]
+    assert [exact[key] for key in ("tp", "fp", "fn", "tn", "net_benefit")] == [0, 0, 1, 19, 0]
+    assert exact["threshold"] > top
+
+
+@pytest.mark.parametrize("metric", ["f1", "cost", "net_benefit"])
+def test_exact_optimum_is_never_worse_than_the_table(metric):
+    for seed in range(10):
+        labels, scores = sample(30, seed, decimals=2)
+        summary = analyse(labels, scores, Objective(metric), exact=True)[0]
+        assert summary["exact"]["grid_loss"] >= -1e-12, seed
+
+
+def test_middle_of_a_plateau_is_chosen():
+    labels = np.array([False, True] * 10)
+    summary = analyse(labels, np.where(labels, 0.8, 0.2), Objective())[0]
+    assert summary["plateau"] == {"low": 0.21, "high": 0.8}
+    assert summary["best"]["threshold"] in (0.5, 0.51)
+
+
+@pytest.mark.parametrize("metric", ["f1", "mcc", "cost"])
+def test_plateau_and_near_optimal_are_runs_around_the_best(metric):
+    for seed in range(10):
+        labels, scores = sample(60, seed)
+        summary = analyse(labels, scores, Objective(metric))[0]
+        values = sign_of(metric) * all_metrics(labels, scores)[metric]
+        best = GRID.tolist().index(summary["best"]["threshold"])
+        assert values[best] == pytest.approx(values.max())
+        for name, loss in ("plateau", 1e-12), ("near_optimal", 0.005):
+            low = high = best
+            while low > 0 and values[low - 1] >= values[best] - loss:
+                low -= 1
+            while high < 80 and values[high + 1] >= values[best] - loss:
+                high += 1
+            assert summary[name] == {"low": GRID[low], "high": GRID[high]}
+
+
+@pytest.mark.parametrize(
+    "column, option, limit",
+    [("precision", "min_precision", 0.95), ("recall", "min_recall", 0.95),
+     ("alert_rate", "max_alert_rate", 0.2)],
+)  # fmt: skip
+def test_constraint_is_kept_and_the_best_of_the_rest_chosen(tmp_path, column, option, limit):
+    arguments = ["--n-samples", 2000, f"--{option.replace('_', '-')}", limit]
+    summary, table = run(tmp_path, *arguments)
+    low, high = (0, limit) if option.startswith("max") else (limit, 1)
+    allowed = (table[column] >= low - 1e-12) & (table[column] <= high + 1e-12)
+    assert allowed.any() and not allowed[table["f1"].argmax()]
+    assert summary["best"]["f1"] == table["f1"][allowed].max()
+    assert low - 1e-12 <= summary["best"][column] <= high + 1e-12
+    assert summary["constraints"][option] == limit
+
+
+def test_impossible_constraint_tells_the_closest_attainable(tmp_path, capsys):
+    """The highest score is a negative's, so precision never reaches 1."""
+    labels, scores = np.arange(50) >= 25, np.linspace(0.05, 0.99, 50)
+    scores[0] = 1.0
+    path = write_npz(tmp_path / "s.npz", labels, scores)
+    error = assert_refused(tmp_path, capsys, "--scores", path, "--min-precision", 1)
+    closest = all_metrics(labels, scores)["precision"].max()
+    assert "closest" in error and f"{closest:.4f}" in error
+
+
+@pytest.mark.parametrize("metric", ["f1", "cost"])
+def test_bootstrap_agrees_with_resampling_the_rows(metric):
+    """Against 2,000 real resamples of 300 rows; the gain is paired."""
+    labels, scores = sample(300, seed=3)
+    objective, sign, chosen = Objective(metric, fn_cost=2), sign_of(metric), HALF - 3
+    cells = count_cells(labels, scores)
+    found = bootstrap(cells, GRID, objective, chosen, HALF, 0)
+
+    rng = np.random.default_rng(99)
+    rows = rng.integers(0, 300, (2000, 300))
+    weights = np.array([np.bincount(row, minlength=300) for row in rows])
+    predicted = (scores[:, None] >= GRID).astype(int)
+    tp, fp = ((weights * y) @ predicted for y in (labels, ~labels))
+    sizes = ((weights @ y)[:, None] for y in (labels, ~labels))
+    values = sign * measure(metric, Counts(GRID, tp, fp, *sizes), objective)
+    whole = sign * measure(metric, counts_at(cells, GRID), objective)
+    value, gain = values[:, chosen], values[:, chosen] - values[:, HALF]
+    picks = np.array([choose(row) for row in values])
+    ends = partial(np.quantile, q=[0.025, 0.975])
+
+    # An end of two such intervals differs by about 0.09 standard deviations.
+    assert_allclose(np.sort(sign * found["value"]), ends(value), atol=0.3 * value.std())
+    assert_allclose(found["gain"], ends(gain), atol=0.3 * gain.std())
+    unpaired = ends(value - rng.permutation(values[:, HALF]))
+    assert np.ptp(found["gain"]) < 0.6 * np.ptp(unpaired)
+    assert_allclose(found["threshold"], ends(GRID[picks]), atol=0.021)
+    optimism = sign * (values[np.arange(2000), picks] - whole[picks]).mean()
+    assert found["optimism"] == pytest.approx(optimism, abs=5 * value.std() / 2000**0.5)
+    assert (found["replicates"], found["dropped"]) == (2000, 0)
+
+
+def test_gain_over_itself_is_zero_and_replicates_without_a_class_are_counted():
+    labels, scores = np.arange(8) == 0, np.linspace(0.2, 0.9, 8)
+    found = bootstrap(count_cells(labels, scores), GRID, Objective(), HALF, HALF, 0)
+    assert np.all(found["gain"] == 0) and found["replicates"] + found["dropped"] == 2000
+    assert found["dropped"] == pytest.approx(2000 * (7 / 8) ** 8, abs=100)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.75])
+def test_hold_out_is_a_stratified_split_of_the_cells(share):
+    cells = count_cells(*sample(500))
+    splits = [hold_out(cells, share, seed) for seed in range(200)]
+    for choosing, scoring in splits:
+        assert_array_equal(choosing + scoring, cells)
+        assert choosing.min() >= 0 and scoring.min() >= 0
+        assert_allclose(scoring.sum(1), cells.sum(1) * share, atol=0.51)
+    mean = np.mean([scoring for _, scoring in splits], axis=0)
+    assert_allclose(mean, cells * share, atol=5 * np.sqrt(cells.max() / 4 / 200))
+
+
+def test_holdout_chooses_on_one_part_and_scores_on_the_other():
+    labels, scores = sample(500, seed=4)
+    parts = hold_out(count_cells(labels, scores), 0.3, 7)
+    choosing, scoring = (measure("f1", counts_at(part, GRID), Objective()) for part in parts)
+    held = analyse(labels, scores, Objective(), share=0.3, seed=7)[0]["holdout"]
+    at = GRID.tolist().index(held["threshold"])
+    assert held["value_where_chosen"] == choosing[at] == pytest.approx(choosing.max())
+    assert (held["value"], held["n"]) == (scoring[at], parts[1].sum())
+    assert held["gain"] == pytest.approx(scoring[at] - scoring[HALF], abs=1e-15)
+
+
+def test_theory_agrees_with_calibrated_scores_only(tmp_path):
+    """c_FP / (c_FP + c_FN) is near the optimum of scores that are probabilities."""
+    arguments = ["--n-samples", 50_000, "--metric", "cost", "--fn-cost", 4, "--scenario"]
+    right = run(tmp_path / "a", *arguments, "calibrated")[0]["calibration"]
+    wrong = run(tmp_path / "b", *arguments, "underconfident")[0]["calibration"]
+    assert right["expected_threshold"] == wrong["expected_threshold"] == 0.2
+    assert right["ece"] < 0.01 < wrong["ece"]
+    assert right["expected_loss"] < 0.002 < wrong["expected_loss"]
+
+
+def test_prevalence_is_a_population_with_rows_replicated(tmp_path):
+    """Positives 7 times and negatives 3 times: 30 of 100 become 210 of 420."""
+    labels, scores = np.arange(100) < 30, sample(100, decimals=2)[1]
+    path, times = write_npz(tmp_path / "s.npz", labels, scores), np.where(labels, 7, 3)
+    a, table = run(tmp_path / "a", "--scores", path, "--prevalence", 0.5)
+    write_npz(path, labels.repeat(times), scores.repeat(times))
+    b, wanted = run(tmp_path / "b", "--scores", path)
+    for metric in METRICS:
+        assert_allclose(table[metric], wanted[metric], atol=1e-12)
+        for entry in "best", "default":
+            assert a[entry][metric] == pytest.approx(b[entry][metric], abs=1e-12)
+    assert a["best"]["threshold"] == b["best"]["threshold"]
+    assert a["average_precision"] == pytest.approx(b["average_precision"])
+    assert a["best"]["tp"] + a["best"]["fn"] == a["n_positive"] == 30  # as observed
+    row = a["balances"][3]  # the closing table says the same
+    assert (row["prevalence"], row["threshold"]) == (0.5, a["best"]["threshold"])
+    assert [row["f1"], row["f1_at_default"]] == pytest.approx([a["best"]["f1"], a["default"]["f1"]])
+
+
+def test_order_of_the_rows_changes_nothing(tmp_path):
+    """Scores are multiples of 1/1024, so that sums in any order are the same."""
+    labels, scores = sample()
+    order, path = np.random.default_rng(0).permutation(labels.size), tmp_path / "s.npz"
+    for name, rows in ("a", slice(None)), ("b", order):
+        write_npz(path, labels[rows], np.floor(scores * 1024)[rows] / 1024)
+        run(tmp_path / name, "--scores", path, "--exact")
+    a, b = ((tmp_path / name / "summary.json").read_text() for name in "ab")
+    assert a == b
+
+
+def test_every_row_twice_changes_no_metric():
+    labels, scores = sample(decimals=2)
+    once = analyse(labels, scores, Objective(), exact=True)
+    twice = analyse(labels.repeat(2), scores.repeat(2), Objective(), exact=True)
+    for a, b in zip(once[1:3], twice[1:3]):  # the table; every distinct score
+        assert_array_equal(2 * a.tp, b.tp)
+        for metric in METRICS:
+            values = (measure(metric, counts, Objective()) for counts in (a, b))
+            assert_allclose(*values, atol=1e-12)
+    a, b = once[0], twice[0]
+    assert a["calibration"]["ece"] == pytest.approx(b["calibration"]["ece"])
+    assert a["best"]["threshold"] == b["best"]["threshold"]
+    for key in "roc_auc", "average_precision":
+        assert a[key] == pytest.approx(b[key])
+
+
+def test_swapped_classes_mirror_recall_and_specificity():
+    """With labels and scores turned round, recall at t is specificity at 1 - t."""
+    labels, scores = sample()
+    scores = (np.floor(scores * 4096) + 0.5) / 4096  # 1 - score is exact, no score on the grid
+    a, b = all_metrics(labels, scores), all_metrics(~labels, 1 - scores)
+    for one, other in ("recall", "specificity"), ("specificity", "recall"), ("mcc", "mcc"):
+        assert_allclose(a[one], b[other][::-1], atol=1e-12)
+
+
+@pytest.mark.parametrize("constant, exact", [(0.4, False), (0.4, True), (7.0, True)])
+def test_constant_scores_are_answered(tmp_path, constant, exact):
+    """Everybody or nobody: F1 takes everybody, accuracy the larger class."""
+    path = write_npz(tmp_path / "s.npz", np.arange(10) < 3, np.full(10, constant))
+    arguments = ["--scores", path, *["--exact"] * exact, "--metric"]
+    f1 = run(tmp_path / "a", *arguments, "f1")[0]
+    nobody = run(tmp_path / "b", *arguments, "accuracy")[0]["exact" if exact else "best"]
+    assert (f1["best"]["tp"], f1["best"]["fp"], f1["roc_auc"]) == (3, 7, 0.5)
+    assert (nobody["tp"], nobody["fp"], nobody["accuracy"]) == (0, 0, 0.7)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_scores_outside_0_1_get_a_table_of_quantiles(tmp_path, dtype):
+    """Nothing is rescaled, and there is no default of 0.5."""
+    labels, scores = sample(1000)
+    scores = (8 * scores - 5).astype(dtype)
+    path = write_npz(tmp_path / "s.npz", labels, scores)
+    summary, table = run(tmp_path / "out", "--scores", path, "--exact")
+    assert summary["default"] is summary["gain"] is summary["calibration"] is None
+    assert table.size == 81 and set(table["threshold"]) <= set(scores.tolist())
+    predicted = scores >= table["threshold"].astype(dtype)[:, None]
+    assert_array_equal(table["tp"], (predicted & labels).sum(1))
+    assert_array_equal(table["fp"], (predicted & ~labels).sum(1))
+    assert_allclose(table["alert_rate"], 1 - np.arange(81) / 81, atol=0.002)
+    assert summary["exact"]["f1"] >= summary["best"]["f1"] == table["f1"].max()
+
+
+@pytest.mark.parametrize("shift", [0, 100])
+def test_net_benefit_needs_probabilities(tmp_path, capsys, shift):
+    """Scores such as logits have none, even where some happen to lie in [0, 1)."""
+    labels, scores = sample()
+    path = write_npz(tmp_path / "s.npz", labels, 6 * scores - 3 + shift)
+    arguments = ["--scores", path, "--exact", "--metric", "net_benefit"]
+    assert "net_benefit" in assert_refused(tmp_path, capsys, *arguments)
+
+
+HEAD = b"y_true,y_score\n"
+BAD = {  # case: content of a CSV or NPZ file, further arguments, what the error names
+    "no CSV": ("csv", None, [], ["scores.csv"]),
+    "no NPZ": ("npz", None, [], ["scores.npz"]),
+    "empty CSV": ("csv", b"", [], ["empty"]),
+    "empty NPZ": ("npz", b"", [], ["NPZ"]),
+    "header only": ("csv", HEAD, [], ["header"]),
+    "an image": ("csv", b"\x89PNG\r\n\x1a\n\x00\x00\xff\xfe", [], ["CSV"]),
+    "open quote": ("csv", HEAD + b'1,"0.3\n0,0.4\n', [], ["CSV"]),
+    "text as NPZ": ("npz", b"no archive", [], ["NPZ"]),
+    "no column": ("csv", b"label,y_score\n1,0.3\n", [], ["y_true", "label"]),
+    "no array": ("npz", {"label": [0, 1], "y_score": [0.1, 0.2]}, [], ["y_true", "label"]),
+    "two columns": ("csv", b"y_true,y_score,y_score\n1,0.3,0.4\n", [], ["y_score"]),
+    "short row": ("csv", HEAD + b"1,0.3\n0\n", [], ["line 3"]),
+    "word as score": ("csv", HEAD + b"1,0.3\n\n0,many\n", [], ["line 4", "many"]),
+    "NaN": ("csv", HEAD + b"1,0.3\n0,nan\n0,0.1\n1,inf\n", [], ["2 scores", "line 3"]),
+    "NaN NPZ": ("npz", {"y_true": [0, 1, 1], "y_score": [0, np.nan, np.inf]}, [], ["2 scores"]),
+    "one class": ("csv", HEAD + b"1,0.3\n1,0.4\n", [], ["both classes"]),
+    "word labels": ("csv", HEAD + b"cat,0.3\ndog,0.4\n", [], ["--positive", "cat", "dog"]),
+    "three labels": ("csv", HEAD + b"0,0.3\n1,0.4\n2,0.4\n", [], ["--positive"]),
+    "cow": ("csv", HEAD + b"cat,0.3\ndog,0.4\n", ["--positive", "cow"], ["cow", "cat", "dog"]),
+    "yes for 1": ("csv", HEAD + b"0,0.3\n1,0.4\n", ["--positive", "yes"], ["yes"]),
+    "logits": ("csv", HEAD + b"0,-1.5\n1,0.4\n", [], ["-1.5", "--exact"]),
+    "lengths": ("npz", {"y_true": [0, 1], "y_score": [0.1, 0.2, 0.3]}, [], ["length"]),
+    "rank 2": ("npz", {"y_true": [[0, 1]], "y_score": [[0.1, 0.2]]}, [], ["y_true"]),
+    "text scores": ("npz", {"y_true": [0, 1], "y_score": ["a", "b"]}, [], ["y_score"]),
+    "pickle": ("npz", {"y_true": np.array([0, 1], object), "y_score": [0.1, 0.2]}, [], ["NPZ"]),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_file_is_one_line_and_nothing_written(tmp_path, capsys, case):
+    suffix, content, arguments, expected = BAD[case]
+    path = tmp_path / f"scores.{suffix}"
+    if isinstance(content, dict):
+        np.savez(path, **content)
+    elif content is not None:
+        path.write_bytes(content)
+    error = assert_refused(tmp_path, capsys, "--scores", path, *arguments)
+    assert all(text in error for text in expected)
+
+
+def test_output_folder_that_cannot_be_made_and_a_class_without_cases(tmp_path, capsys):
+    (tmp_path / "file").write_text("mine")
+    for out in "file", "file/below":
+        assert "--output-dir" in assert_refused(tmp_path, capsys, "--n-samples", 50, out=out)
+    assert (tmp_path / "file").read_text() == "mine"
+    arguments = ["--n-samples", 10, "--positive-rate", 0.01]
+    assert "--n-samples" in assert_refused(tmp_path, capsys, *arguments)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    ["--fp-cost -1", "--fn-cost nan", "--fp-cost 0 --fn-cost 0", "--metric best", "--beta 0",
+     "--n-samples 1", "--n-samples 2.5", "--positive-rate 0", "--positive-rate 1",
+     "--holdout 0", "--holdout 1", "--min-precision 1.1", "--min-recall -0.1",
+     "--max-alert-rate 2", "--prevalence 0", "--prevalence 1", "--seed -1", "--scenario no"],
+)  # fmt: skip
+def test_bad_argument_is_refused_by_name(tmp_path, capsys, arguments):
+    with pytest.raises(SystemExit) as stop:
+        part1.main([*arguments.split(), "--output-dir", str(tmp_path / "out")])
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert stop.value.code == 2 and "error:" in last and arguments.split()[0] in last
+    assert not (tmp_path / "out").exists()
+
+
+def test_extreme_beta_is_answered_or_refused(tmp_path):
+    with contextlib.suppress(SystemExit):
+        arguments = ["--n-samples", "50", "--beta", "1e200", "--output-dir", str(tmp_path)]
+        assert part1.main(arguments) in (0, 2)
+
+
+LABELS, SCORES = [True, False, False, True], [0.9, 0.125, 0.5, 0.75]
+ROWS = HEAD + b"1,0.9\n0,0.125\n0,0.5\n1,0.75\n"
+GOOD_CSV = {  # case: content, value of --positive
+    "plain": (ROWS, None),
+    "quoted": (b'"y_true","y_score"\n"1","0.9"\n"0",".125"\n"0","5e-1"\n"1","0.75"\n', None),
+    "byte order mark": (b"\xef\xbb\xbf" + ROWS, None),
+    "CRLF": (ROWS.replace(b"\n", b"\r\n"), None),
+    "blank lines": (ROWS.replace(b"\n", b"\n\n"), None),
+    "no last newline": (ROWS.rstrip(), None),
+    "float labels": (HEAD + b"1.0,0.9\n0.0,0.125\n0.0,0.5\n1.0,0.75\n", None),
+    "columns": (b"a,y_score,b,y_true\n,0.9,x,1\n,0.125,x,0\n,0.5,x,0\n,0.75,x,1\n", None),
+    "positive yes": (HEAD + b"yes,0.9\nno,0.125\nno,0.5\nyes,0.75\n", "yes"),
+    "positive 1": (HEAD + b"1.0,0.9\n2,0.125\n0,0.5\n1,0.75\n", "1"),
+    "positive 0": (HEAD + b"0,0.9\n1,0.125\n1,0.5\n0,0.75\n", "0"),
+    "comma inside": (HEAD + b'"a,b",0.9\nc,0.125\nd,0.5\n"a,b",0.75\n', "a,b"),
+}
+GOOD_NPZ = {  # case: labels, type of the scores, value of --positive
+    "int labels": (np.int8([1, 0, 0, 1]), "f8", None),
+    "float labels": (np.float64([1, 0, 0, 1]), "f8", None),
+    "bool labels": (LABELS, "f8", None),
+    "bool labels, named": (LABELS, "f8", "True"),
+    "text labels": (["cat", "dog", "cow", "cat"], "f8", "cat"),
+    "byte labels": ([b"cat", b"dog", b"cow", b"cat"], "f8", "cat"),
+    "other numbers": ([7, 3, 3, 7], "f8", "7"),
+    "half precision": (LABELS, "f2", None),
+    "single precision": (LABELS, "f4", None),
+    "big-endian": (np.array([1, 0, 0, 1], ">i4"), ">f4", None),
+    "long double": (LABELS, "longdouble", None),
+    "integers": (LABELS, "i4", None),
+}
+
+
+@pytest.mark.parametrize("case", GOOD_CSV)
+def test_csv_is_read(tmp_path, case):
+    content, positive = GOOD_CSV[case]
+    (tmp_path / "s.csv").write_bytes(content)
+    labels, scores = read_scores(tmp_path / "s.csv", "y_true", "y_score", positive)
+    assert (labels.dtype, scores.dtype) == (bool, np.float64)
+    assert (labels.tolist(), scores.tolist()) == (LABELS, SCORES)
+
+
+@pytest.mark.parametrize("case", GOOD_NPZ)
+def test_npz_is_read_in_its_own_precision(tmp_path, case):
+    truth, dtype, positive = GOOD_NPZ[case]
+    given = np.array(SCORES).astype(dtype)
+    path = write_npz(tmp_path / "s.npz", truth, given)
+    labels, scores = read_scores(path, "y_true", "y_score", positive)
+    assert (labels.dtype, labels.tolist()) == (bool, LABELS)
+    assert scores.dtype == {"f2": np.float16, "f4": np.float32, ">f4": np.float32}.get(dtype, float)
+    assert_array_equal(scores, given)
+
+
+def test_scores_of_a_network_with_a_column_per_class(tmp_path):
+    """The form in which part 2 writes its test scores."""
+    labels, scores = sample(200)
+    rows = [["cat" if y else "dog", s, 1 - s] for y, s in zip(labels, scores.tolist())]
+    path = tmp_path / "test_scores.csv"
+    with open(path, "w", newline="") as file:
+        csv.writer(file).writerows([["label", "cat", "dog"], *rows])
+    names = ["--label-column", "label", "--score-column", "cat", "--positive", "cat"]
+    table = run(tmp_path / "out", "--scores", path, *names)[1]
+    assert_array_equal(table["recall"], all_metrics(labels, scores)["recall"])
+    assert not (tmp_path / "out" / "scores.csv").exists()
+
+
+def test_published_net_benefit(tmp_path, scores_dir):
+    """Numbers published with the R package dcurves."""
+    path, names = scores_dir / "dca.csv", ["cancer", "cancerpredmarker"]
+    arguments = ["--scores", path, "--label-column", names[0], "--score-column", names[1]]
+    summary, table = run(tmp_path, *arguments, "--metric", "net_benefit")
+    model = table["net_benefit"][table["threshold"] == 0.25].item()
+    labels, _ = read_scores(path, *names)
+    everybody = all_metrics(labels, np.ones(labels.size))["net_benefit"][15]
+    assert summary["n"] == 750
+    assert model == pytest.approx(0.0640, abs=5e-5)
+    assert everybody == pytest.approx(-0.1466667, abs=5e-8)
+    assert (model - everybody) / (0.25 / 0.75) == pytest.approx(0.632, abs=5e-4)
+
+
+def test_files_of_the_default_run(default_run):
+    folder, text = default_run
+    plots = {
+        "01_precision_recall_f1_vs_threshold.png", "02_precision_recall_curve.png",
+        "03_roc_curve.png", "04_metric_comparison.png", "05_reliability.png",
+    }  # fmt: skip
+    names = plots | {"scores.csv", "thresholds.csv", "summary.json"}
+    assert {path.name for path in folder.iterdir()} == names
+    assert all((folder / name).read_bytes().startswith(b"\x89PNG") for name in plots)
+    assert all(name in text for name in names)
+    rows = list(csv.reader((folder / "thresholds.csv").read_text().splitlines()))
+    assert rows[0] == COLUMNS and [float(row[0]) for row in rows[1:]] == GRID.tolist()
+    labels, scores = read_scores(folder / "scores.csv", "y_true", "y_score")
+    expected = simulate_scores(10_000, 0.3, "balanced", 0)
+    assert_array_equal(labels, expected[0])
+    assert_array_equal(scores, expected[1])
+
+
+def test_summary_agrees_with_the_table(default_run):
+    summary, table = results(default_run[0])
+    assert (summary["n"], summary["n_positive"], summary["metric"]) == (10_000, 3_000, "f1")
+    assert summary["default"]["threshold"] == 0.5 and summary["exact"] is None
+    assert summary["calibration"]["expected_threshold"] == summary["best"]["f1"] / 2
+    assert list(summary["by_metric"]) == COLUMNS[5:]
+    for entry in summary["best"], summary["default"], *summary["by_metric"].values():
+        row = table[table["threshold"] == entry["threshold"]]
+        assert [entry[name] for name in COLUMNS] == [row[name].item() for name in COLUMNS]
+    for metric, entry in summary["by_metric"].items():
+        best = table[metric].min() if metric == "cost" else table[metric].max()
+        assert entry["value"] == pytest.approx(best, abs=1e-12)
+    best, gain = summary["best"], summary["gain"]
+    assert gain["value"] == pytest.approx(best["f1"] - summary["default"]["f1"])
+    assert gain["interval"][0] < gain["value"] < gain["interval"][1]
+    assert best["value_interval"][0] < best["f1"] < best["value_interval"][1]
+    assert best["threshold_interval"][0] <= best["threshold"] <= best["threshold_interval"][1]
+
+
+def test_same_seed_same_bytes_other_seed_other_bytes(tmp_path, default_run):
+    run(tmp_path / "same", "--seed", 0)
+    run(tmp_path / "other", "--seed", 1)
+    for name in "scores.csv", "thresholds.csv", "summary.json":
+        original = (default_run[0] / name).read_bytes()
+        assert (tmp_path / "same" / name).read_bytes() == original
+        assert (tmp_path / "other" / name).read_bytes() != original
+
+
+def test_default_optimum_is_near_one_half_for_most_seeds():
+    """Threshold in 0.48 to 0.52 and F1 in 0.85 to 0.90, for at least 90 of 100 seeds."""
+    hits = 0
+    for seed in range(100):
+        cells = count_cells(*simulate_scores(10_000, 0.3, "balanced", seed))
+        best = counts_at(cells, GRID)[find_best(counts_at(cells, GRID), Objective())]
+        hits += 0.48 <= best.threshold <= 0.52 and 0.85 <= measure("f1", best, Objective()) <= 0.90
+    assert hits >= 90, f"{hits} of 100 seeds"
+
+
+@pytest.mark.parametrize("scenario", part1.SCENARIOS)
+def test_simulated_scores_are_probabilities_at_the_rate_asked_for(scenario):
+    labels, scores = simulate_scores(1000, 0.25, scenario, 5)
+    assert labels.dtype == bool and labels.sum() == 250 and not labels[:250].all()
+    assert 0 <= scores.min() and scores.max() <= 1
+    assert sk.roc_auc_score(labels, scores) > 0.9
+
+
+def test_smallest_simulation_is_answered(tmp_path):
+    """One case a class: nothing to hold out."""
+    summary, _ = run(tmp_path, "--n-samples", 2, "--exact")
+    assert summary["n"] == 2 and summary["holdout"] is None
+
+
+def suggestions(text):
+    """The section of suggestions, without its numbers."""
+    found = re.search(r"^\d+\. [^\n]*suggest[^\n]*\n(.*?)(?=^\d+\. |\Z)", text, re.M | re.S)
+    return re.sub(r"[\d.,]+", "#", " ".join(found[1].split()))
+
+
+def test_suggestions_and_headline_follow_from_the_run(tmp_path, capsys, default_run):
+    """Balanced errors, more of one kind, more of the other, scores that are too low."""
+    texts, limits = [default_run[1]], (["--min-recall", 0.97], ["--min-precision", 0.97])
+    for arguments in *limits, ["--scenario", "underconfident"]:
+        summary, _ = run(tmp_path, *arguments)
+        texts.append(capsys.readouterr().out)
+    assert len({suggestions(text) for text in texts}) == 4
+    assert summary["gain"]["interval"][0] > 0.03
+    said = ["cannot be told from zero" in " ".join(texts[i].split()) for i in (0, 3)]
+    assert said == [True, False]
+
+
+def test_import_leaves_torch_out_and_the_command_ends_with_a_status(tmp_path):
+    def python(*arguments):
+        command, folder = [sys.executable, *arguments], Path(part1.__file__).parent
+        return subprocess.run(command, cwd=folder, capture_output=True, text=True)
+
+    done = python("-c", "import sys, part1_threshold; print('torch' in sys.modules)")
+    assert done.stdout == "False\n", done.stderr
+    done = python(part1.__file__, "--scores", "no.csv", "--output-dir", str(tmp_path / "out"))
+    assert (done.returncode, done.stdout) == (2, "")
+    assert re.fullmatch(r"error: [^\n]*no\.csv[^\n]*\n", done.stderr)
+
+
+def test_a_gain_is_rarely_claimed_where_there_is_none():
+    """0.5 is best for these scores: at most 2.5 % of the verdicts should be false."""
+    claims = 0
+    for seed in range(100):
+        labels, scores = simulate_scores(1000, 0.3, "balanced", seed)
+        cells = count_cells(labels, scores)
+        chosen = find_best(counts_at(cells, GRID), Objective())
+        found = bootstrap(cells, GRID, Objective(), chosen, HALF, seed)
+        claims += found["gain"][0] - found["gain_optimism"] > 0
+    assert claims <= 7  # binomial: more than 7 of 100 at 2.5 % has a chance of 0.4 %
