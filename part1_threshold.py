@@ -929,7 +929,8 @@ def headline(summary, objective):
     """The result in a few words: value, default, difference, uncertainty."""
     best, default, gain = summary["best"], summary["default"], summary["gain"]
     low, high = best["value_interval"]
-    text = (
+    text = f"With {objective.prevalence:.4g} positive: " if objective.prevalence else ""
+    text += (
         f"{name_of(objective.metric)} is best at {best['threshold']:.4g}: {best['value']:.4f} "
         f"(95 % interval {low:.4f} to {high:.4f}). "
     )

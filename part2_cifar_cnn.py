@@ -79,7 +79,8 @@ class Settings:
     weight_decay: float = flag(0.0, "shrinking of the weights", type=number(0))
     schedule: str = flag("step", "fall of the learning rate: halved every 5 epochs, or to zero",
                          choices=("none", "step", "cosine", "linear"))  # fmt: skip
-    warmup_epochs: float = flag(0.0, "epochs of linear rise to --lr", type=number(0))
+    warmup_epochs: float = flag(0.0, "epochs of linear rise to --lr, at most half of all",
+                                type=number(0))  # fmt: skip
     label_smoothing: float = flag(0.0, "share of the target spread evenly",
                                   type=number(0, 1, "[)"))  # fmt: skip
     grad_clip: float = flag(0.0, "largest norm of the gradient, 0 for any", type=number(0))
@@ -578,7 +579,7 @@ def build_optimizer(model, settings):
 def build_scheduler(optimizer, settings, steps):
     """Warm-up and then the fall of ``--schedule``; ``steps`` per epoch, one call a step."""
     rates = torch.optim.lr_scheduler
-    warm = round(settings.warmup_epochs * steps)
+    warm = min(round(settings.warmup_epochs * steps), settings.epochs * steps // 2)
     rest = settings.epochs * steps - warm
     fall = {
         "none": lambda: rates.ConstantLR(optimizer, factor=1.0),
@@ -1172,11 +1173,6 @@ def check_combination(settings, given):
     """Raise a UserError for options that make no sense together."""
     if "momentum" in given and settings.optimizer in ("adam", "adamw"):
         raise UserError(f"--momentum is for sgd and muon; {settings.optimizer} has its own")
-    if settings.warmup_epochs >= settings.epochs:
-        raise UserError(
-            f"--warmup-epochs {settings.warmup_epochs:g} leaves nothing of --epochs "
-            f"{settings.epochs}: give a smaller one"
-        )
 
 
 def resolve(settings):

@@ -353,7 +353,8 @@ def derive_seed(seed, *keys):
     Every random draw follows from (seed, what it is for, epoch), so a run that
     resumes needs no generator state, and no two uses share a stream.
     """
-    sequence = np.random.SeedSequence([seed, *keys])
+    # With their number in front, since trailing zeros would not count.
+    sequence = np.random.SeedSequence([len(keys), seed, *keys])
     # The sign bit is cleared because torch's generators take a signed number.
     return int(sequence.generate_state(1, np.uint64)[0] >> np.uint64(1))
 
