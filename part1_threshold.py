@@ -1113,7 +1113,7 @@ def parse_arguments(argv):
     add("--exact", action="store_true", help="also search all distinct scores")
     add = parser.add_argument_group("run").add_argument
     add("--holdout", type=share, default=0.5, help="share of cases that scores the choice")
-    add("--seed", type=integer(0, 2**128), default=0, help="of simulation and resampling")
+    add("--seed", type=integer(0, 2**128), default=42, help="of simulation and resampling")
     add("--output-dir", type=Path, default=Path("outputs/part1"), help="where to write")
     add("--show", action="store_true", help="also show the plots in windows")
     arguments = parser.parse_args(argv)

@@ -73,7 +73,7 @@ class Settings:
     mixup: float = flag(0.0, "alpha of the Beta distribution of mixing", type=number(0))
     # optimisation
     epochs: int = flag(10, "passes over the training images", type=integer(1))
-    batch_size: int = flag(128, "images per step", type=integer(1))
+    batch_size: int = flag(128, "images per step", type=integer(1, math.inf))
     optimizer: str = flag("adam", "rule of the steps", choices=("adam", "adamw", "sgd", "muon"))
     lr: float = flag(0.001, "learning rate", type=number(0, ends="()"))
     momentum: float = flag(0.9, "momentum of sgd and muon", type=number(0, 1, "[)"))
@@ -91,7 +91,7 @@ class Settings:
                     choices=("none", "flip", "shift"))  # fmt: skip
     ensemble: int = flag(1, "networks, from as many seeds, that are averaged", type=integer(1, 99))
     # run
-    seed: int = flag(0, "of every random draw", type=integer(0, 2**128))
+    seed: int = flag(42, "of every random draw", type=integer(0, 2**128))
     device: str = flag("auto", "auto, cpu, cuda or another torch device")
     precision: str = flag("auto", "auto is bfloat16 where the processor computes in it",
                           choices=("auto", "float32", "bfloat16"))  # fmt: skip
@@ -222,8 +222,8 @@ def check_md5(path, expected):
         found = md5_of(path)
     except OSError as error:
         raise UserError(
-            f"cannot read {path} ({error.strerror}): delete the folder {path.parent} to "
-            "have it made again, or mend it"
+            f"cannot read {path} ({error.strerror}): restore it, or move it away (and the "
+            f"folder {CIFAR10.base_folder}, if it is in one) to have it fetched again"
         ) from error
     if found != expected:
         raise UserError(
@@ -622,7 +622,8 @@ class Training:
             first = data.images[:5000].cpu()
             whiten(self.model[0], normalise(first, data.mean, data.std))
         self.model.to(data.images.device, memory_format=torch.channels_last)
-        self.steps = math.ceil(len(self.rows) / settings.batch_size)
+        self.size = min(settings.batch_size, len(self.rows))
+        self.steps = math.ceil(len(self.rows) / self.size)
         self.optimizer = build_optimizer(self.model, settings)
         self.scheduler = build_scheduler(self.optimizer, settings, self.steps)
         self.average = AveragedModel(
@@ -677,7 +678,7 @@ class Training:
         RunFailed
             If the loss is not finite.
         """
-        device, size = self.data.images.device, self.settings.batch_size
+        device, size = self.data.images.device, self.size
         drawn = draw_epoch(len(self.rows), self.settings, self.data.mirror, epoch)
         drawn["order"] = self.rows[drawn["order"]]
         drawn = {name: part.to(device) for name, part in drawn.items()}
@@ -836,7 +837,7 @@ def train_members(settings, data, folder, checkpoint=None):
     while len(members) < settings.ensemble:
         training = Training(replace(settings, seed=settings.seed + len(members)), data)
         if checkpoint:
-            training.restore(checkpoint)
+            restore(training, checkpoint, folder / "last.pt")
             checkpoint = None
         elif not members:  # from here on the folder belongs to this run
             save(training)
@@ -850,6 +851,17 @@ def train_members(settings, data, folder, checkpoint=None):
             raise Interrupted(f"{done} of {epochs} epochs are saved; go on with") from None
         members.append({"best": training.best, "history": training.history})
     return [member["history"] for member in members]
+
+
+def restore(training, checkpoint, path):
+    """Put a checkpoint into a training that was built with its settings."""
+    try:
+        training.restore(checkpoint)
+        for weight, state in training.optimizer.state.items():
+            if any(value.shape not in ((), weight.shape) for value in state.values()):
+                raise ValueError("its optimiser's state has other shapes")
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is of another architecture ({error}): start afresh") from error
 
 
 def save_best(folder, members, settings, data):
@@ -936,8 +948,11 @@ def measure_kept(folder, data, settings, histories):
         If the accuracy on the selecting split is not the one in the history.
     """
     checkpoint = load_checkpoint(folder / "best.pt")
-    model = build_model(checkpoint["config"])
-    model.load_state_dict(checkpoint["model"])
+    try:
+        model = build_model(checkpoint["config"])
+        model.load_state_dict(checkpoint["model"])
+    except (RuntimeError, KeyError, TypeError) as error:
+        raise UserError(f"best.pt is of another architecture ({error}): train again") from error
     model.to(data.images.device, memory_format=torch.channels_last)
     rows, held = split_rows(data, settings.select_on)
     found = {}
@@ -1043,13 +1058,15 @@ def gap_text(train, test):
         return text + "The network memorises: more regularisation or augmentation should help."
     if gap > 0.03:
         return text + "A moderate gap: regularisation and capacity are about in balance."
+    if train > 0.95:
+        return text + "Hardly a gap and hardly an error: there is little left to gain."
     return text + "Hardly a gap: the network underfits; a larger one or longer training helps."
 
 
 def pair_text(pair, classes, close, wrong):
     i, j, count = pair
     text = f"{classes[i]} and {classes[j]}: {count} taken for each other. "
-    if not close:
+    if not wrong:
         return text + "None of them was close: only better features help."
     return text + (
         f"A second look at the {close} images whose two best guesses are this pair within "
@@ -1092,6 +1109,7 @@ def image_grid(plt, images, rows, columns):
     figure, grid = plt.subplots(rows, columns, figsize=(columns * 1.2, rows * 1.45))
     for axes, image in zip(grid.flat, images):
         axes.imshow(image.numpy(), interpolation="nearest")
+    for axes in grid.flat:
         axes.set_axis_off()
     return figure
 
@@ -1248,8 +1266,14 @@ def read_last(path, given):
     checkpoint = load_checkpoint(path, required=("config", "classes", "members"))
     try:
         stored = Settings(**checkpoint["config"])
-    except TypeError as error:  # of another version of this script
+        for option in fields(Settings):
+            value = checkpoint["config"][option.name]
+            if value not in option.metadata.get("choices", [value]):
+                raise ValueError(f"{option.name} is {value}")
+    except (TypeError, ValueError) as error:  # of another version of this script
         raise UserError(f"{path} holds other settings ({error}): start afresh") from error
+    if "device" in given:  # the one that may change, for a machine without the old one
+        stored = replace(stored, device=given["device"])
     differing = [
         f"--{name.replace('_', '-')} {value} (was {getattr(stored, name)})"
         for name, value in given.items()
@@ -1325,7 +1349,7 @@ def introduce(settings, data, reason):
         f"{settings.optimizer}, learning rate {settings.lr:g}, schedule {settings.schedule}, "
         f"batches of {settings.batch_size}, {settings.epochs} epochs, seed {settings.seed}."
     )
-    say("", f"3. Training ({math.ceil(len(rows) / settings.batch_size)} steps an epoch)")
+    say("", f"3. Training ({-(-len(rows) // settings.batch_size)} steps an epoch)")
 
 
 def count_parameters(settings):

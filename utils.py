@@ -275,6 +275,7 @@ def download(urls, path, md5, stall_seconds=15):
                 _fetch(url, file, stall_seconds)
             found = md5_of(name)
             if found == md5:
+                os.chmod(name, 0o644)  # a temporary file is its owner's alone
                 os.replace(name, path)
                 return
             failures.append(f"{url}: md5 {found} instead of {md5}")
@@ -411,13 +412,16 @@ def save_checkpoint(path, **contents):
 
 def digest_of(value):
     """SHA-256 of nested dicts, lists, tensors and plain values, as 64 hex digits."""
+    import torch
+
     if isinstance(value, dict):
         parts = [digest_of(part) for item in value.items() for part in item]
     elif isinstance(value, (list, tuple)):
         parts = [digest_of(part) for part in value]
-    elif hasattr(value, "numpy"):
-        array = value.detach().cpu().contiguous().numpy()
-        parts = [str(array.dtype), str(array.shape), hashlib.sha256(array).hexdigest()]
+    elif isinstance(value, torch.Tensor):
+        array = value.detach().cpu().contiguous()
+        bits = array.flatten().view(torch.uint8).numpy()
+        parts = [str(array.dtype), str(array.shape), hashlib.sha256(bits).hexdigest()]
     else:
         parts = [repr(value)]
     text = "\0".join([type(value).__name__, *parts])
@@ -441,6 +445,7 @@ def load_checkpoint(path, required=("model", "config", "classes", "mean", "std")
         if bad := zipfile.ZipFile(io.BytesIO(data)).testzip():
             raise ValueError(f"its part {bad} does not match its checksum")
         checkpoint = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        digest = digest_of(dict(checkpoint) | {"digest": None})
     except Exception as error:  # a damaged file can raise almost anything
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
@@ -452,7 +457,7 @@ def load_checkpoint(path, required=("model", "config", "classes", "mean", "std")
     if missing := [key for key in required if key not in checkpoint]:
         raise UserError(f"{path} lacks {', '.join(missing)}: delete it or name another")
     # A foreign weight or optimiser state could do anything, up to crashing Python.
-    if checkpoint.get("digest") != digest_of(checkpoint | {"digest": None}):
+    if checkpoint.get("digest") != digest:
         raise UserError(
             f"{path} was altered after it was written (weights, architecture, classes or "
             "settings): delete it or name another one"

@@ -7,6 +7,8 @@ from pathlib import Path
 import matplotlib
 import pytest
 
+# Tiny networks gain nothing from threads, and a forked child cannot use its parent's.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 matplotlib.use("Agg")
 

@@ -245,7 +245,7 @@ def test_damaged_npz_files(tmp_path, capsys, monkeypatch):
 # ------------------------------------------------------------------ checkpoints
 
 JUNK = (None, -1, 0, 2.5, float("nan"), "", "unheard of", [], {}, [1, "a"], b"bytes", True,
-        torch.zeros(3), torch.tensor(float("nan")), torch.zeros(2, dtype=torch.bfloat16))  # fmt: skip
+        torch.zeros(3), torch.tensor(float("nan")), torch.zeros(2).bfloat16())  # fmt: skip
 
 
 def put_junk(value, rng):
