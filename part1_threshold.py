@@ -869,7 +869,7 @@ def plot_thresholds(plt, objective, counts, bands, best, mark, points, title):
     if objective.probabilities:
         axes.axvline(0.5, color="gray", lw=1.5, ls=":", label="default 0.5")
     axes.set(xlabel="threshold", ylabel="value, with 95 % bootstrap band", title=title)
-    axes.legend(fontsize=9)
+    axes.legend(fontsize=9, frameon=True, framealpha=0.9, edgecolor="white")
     return figure
 
 
