@@ -180,7 +180,7 @@ def _find_columns(path, present, wanted):
     for name in wanted:
         if present.count(name) != 1:
             raise UserError(
-                f"{path} has {present.count(name)} columns {name!r} among "
+                f"{path} has {'more than one' if name in present else 'no'} column {name!r} among "
                 f"{textwrap.shorten(', '.join(present), 300)}: name yours with --label-column "
                 "and --score-column"
             )
@@ -191,7 +191,7 @@ def _find_positives(what, values, positive):
     """Labels as bool: 1 (or ``positive``) against 0 (or every other value)."""
     found = np.unique(values[:1000]).tolist()
     found = ", ".join(map(repr, found[:5])) + ", ..." * (len(found) > 5)
-    numbers, wanted = _as_numbers(values), _as_numbers(np.array([positive or "1"]))
+    numbers, wanted = _as_numbers(values), _as_numbers(np.array(["1" if positive is None else positive]))
     if positive is None and (numbers is None or not np.isin(numbers, (0, 1)).all()):
         raise UserError(
             f"{what} are not all 0 or 1 (there is {found}): say with --positive "
@@ -201,7 +201,7 @@ def _find_positives(what, values, positive):
     labels = values.astype(str) == positive if as_text else numbers == wanted
     if not labels.any() or labels.all():
         raise UserError(
-            f"{what} are {'all' if labels.all() else 'never'} {positive or 1} (there is "
+            f"{what} are {'all' if labels.all() else 'never'} {1 if positive is None else positive} (there is "
             f"{found}): both classes are needed; see --positive"
         )
     return labels
@@ -463,10 +463,14 @@ def shortfall(counts, objective):
     return missing
 
 
+def has_limits(objective):
+    return any(getattr(objective, limit) is not None for limit in LIMITS)
+
+
 def eligible(counts, objective):
     """Goodness, and -inf where a limit is missed or the metric has no value."""
     values = goodness(counts, objective)
-    if any(getattr(objective, limit) is not None for limit in LIMITS):
+    if has_limits(objective):
         values = np.where(shortfall(counts, objective) > 0, -np.inf, values)
     return np.where(np.isnan(values), -np.inf, values)
 
@@ -489,7 +493,7 @@ def run_around(mask, index):
     return [gaps[after - 1] + 1, gaps[after] - 1]
 
 
-def find_best(counts, objective, piece=1 << 17):
+def find_best(counts, objective, where="the table", piece=1 << 17):
     """Index of the best threshold that keeps the limits.
 
     Raises
@@ -505,13 +509,13 @@ def find_best(counts, objective, piece=1 << 17):
         values = np.concatenate([eligible(pieces[i], objective) for i in best])
         place = choose(values)
         return best[place // piece] * piece + place % piece
+    if np.isnan(goodness(counts, objective)).all():
+        raise UserError(f"{objective.metric} has no value at these scores: choose another --metric")
     given = {limit: getattr(objective, limit) for limit in LIMITS}
     given = [f"--{k.replace('_', '-')} {v:g}" for k, v in given.items() if v is not None]
-    if not given:
-        raise UserError(f"{objective.metric} has no value at these scores: choose another --metric")
     closest = entry(counts, objective, int(shortfall(counts, objective).argmin()))
     raise UserError(
-        f"no threshold satisfies {' and '.join(given)}; the closest is "
+        f"no threshold of {where} satisfies {' and '.join(given)}; the closest is "
         f"{closest['threshold']:.6g} with precision {closest['precision']:.4f}, recall "
         f"{closest['recall']:.4f}, alert rate {closest['alert_rate']:.4f}: relax a limit"
     )
@@ -656,13 +660,13 @@ def check_theory(distinct, best, objective):
     """Where calibrated probabilities would have the optimum, and what using it loses.
 
     F1: half the best F1 (Lipton, Elkan and Naryanaswamy 2014). Cost:
-    c_FP / (c_FP + c_FN) (Elkan 2001). None for the other metrics, and at a
-    class balance other than the one in which the scores were made.
+    c_FP / (c_FP + c_FN) (Elkan 2001). None for the other metrics, under limits,
+    and at a class balance other than the one in which the scores were made.
     """
     expected = {
         "f1": best["f1"] / 2,
         "cost": objective.fp_cost / (objective.fp_cost + objective.fn_cost),
-    }.get(objective.metric if objective.prevalence is None else None)
+    }.get(objective.metric if objective.prevalence is None and not has_limits(objective) else None)
     if expected is None:
         return {"expected_threshold": None, "expected_loss": None}
     there = entry(counts_from(distinct, np.array([expected])), objective, 0)
@@ -709,6 +713,12 @@ def analyse(labels, scores, objective, exact=False, share=0.5, seed=0):
         else cells_from(counts_from(distinct, thresholds))
     )  # fmt: skip
     counts = counts_at(cells, thresholds)
+    if exact and not np.isfinite(eligible(counts, objective)).any():
+        index = find_best(distinct, objective, "all distinct scores")  # or says that none does
+        raise UserError(
+            f"no threshold of the table keeps the limits, but {distinct.threshold[index]:.9g} "
+            "among the scores does: relax a limit, or use that one"
+        )
     chosen = find_best(counts, objective)
     sure = bootstrap(cells, thresholds, objective, chosen, default, seed)
     summary = {
@@ -732,7 +742,7 @@ def analyse(labels, scores, objective, exact=False, share=0.5, seed=0):
 
 def exact_optimum(distinct, best, objective):
     """The best of all distinct scores, and what keeping to the table costs."""
-    found = entry(distinct, objective, find_best(distinct, objective))
+    found = entry(distinct, objective, find_best(distinct, objective, "all distinct scores"))
     loss = direction(objective) * (found["value"] - best["value"])
     # Net benefit falls with the threshold itself, so one between two scores can win.
     return (best if loss < 0 else found) | {"grid_loss": max(loss, 0.0)}
@@ -776,6 +786,7 @@ def describe_choice(counts, objective, chosen, default, sure):
             "interval": sure["gain"],
             "corrected": good[chosen] - good[default] - sure["gain_optimism"],
             "corrected_interval": sure["gain"] - sure["gain_optimism"],
+            "default_keeps_limits": bool(np.isfinite(values[default])),
         },
         "by_metric": {m: entry(counts, others[m], pick) for m, pick in picks.items()},
         **{name: {"low": low, "high": high} for name, (low, high) in ranges.items()},
@@ -828,7 +839,7 @@ def plot_all(plt, summary, objective, counts, distinct, bands):
             plt, objective, counts, bands, best, mark,
             {m: best for m in ("precision", "recall", "f1")},
             f"From {low:.3g} to {high:.3g}, {name_of(metric)} is within {near(objective):g} "
-            "of its best",
+            f"of its best{' within the limits' * has_limits(objective)}",
         ),
         "02_precision_recall_curve": plot_curve(
             plt, pr, (best["recall"], best["precision"]), mark, "precision-recall",
@@ -842,7 +853,7 @@ def plot_all(plt, summary, objective, counts, distinct, bands):
         ),
         "04_metric_comparison": plot_thresholds(
             plt, objective, counts, bands, best, mark, {m: own[m] for m in compared},
-            "The metrics differ on the best threshold: from "
+            "The best thresholds of these metrics (dots) lie from "
             f"{min(own[m]['threshold'] for m in compared):.3g} to "
             f"{max(own[m]['threshold'] for m in compared):.3g}",
         ),
@@ -916,7 +927,7 @@ def narrate(summary, objective, counts):
             "net benefit when you can price the errors; --min-precision or --min-recall when "
             "one of them is promised."
         ],
-        "If another share of the cases were positive": tell_balances(summary),
+        "If another share of the cases were positive (F1, no limits)": tell_balances(summary),
         "What the errors of this run suggest": suggestions(summary),
     }
     for step, (title, lines) in enumerate(story.items(), 2):
@@ -937,6 +948,8 @@ def headline(summary, objective):
     if default is None:
         return text + "Scores outside [0, 1] have no default threshold to compare with."
     text += f"At the default 0.5 it is {default['value']:.4f}. "
+    if not gain["default_keeps_limits"]:
+        return text + "But the default breaks a limit."
     if gain["value"] <= TOLERANCE:
         return text + "Nothing is to be gained over the default."
     low, high = gain["corrected_interval"]
@@ -970,8 +983,9 @@ def tell_choice(summary, objective, counts):
         f"ROC AUC {summary['roc_auc']:.4f}, average precision "
         f"{summary['average_precision']:.4f}."
     )
-    if best["threshold"] in (counts.threshold[0], counts.threshold[-1]):
-        yield "That is the edge of the table: --exact looks beyond it."
+    equal = summary["plateau"]
+    if equal["low"] == counts.threshold[0] or equal["high"] == counts.threshold[-1]:
+        yield "It is as good up to the edge of the table: --exact looks beyond it."
     if objective.metric == "net_benefit":
         yield (
             "Net benefit weighs false alarms by the odds of the threshold, so its values at "
@@ -1000,6 +1014,7 @@ def tell_trade_off(counts, objective, best):
 
 def tell_certainty(summary, objective):
     best, drawn, held = summary["best"], summary["bootstrap"], summary["holdout"]
+    gain = summary["gain"]
     (low, high), good = best["threshold_interval"], summary["near_optimal"]
     yield (
         f"Chosen anew on {drawn['replicates']:,} resamples of the cases, the threshold lies "
@@ -1016,7 +1031,7 @@ def tell_certainty(summary, objective):
         f"Chosen on one part of the cases ({held['threshold']:.4g}, value "
         f"{held['value_where_chosen']:.4f}) and scored on the other {held['n']:,}: "
         f"{held['value']:.4f}"
-        + (f", {held['gain']:+.4f} over 0.5." if summary["default"] else ".")
+        + (f", {held['gain']:+.4f} over 0.5." if gain and gain["default_keeps_limits"] else ".")
     )
 
 
@@ -1054,30 +1069,31 @@ def suggestions(summary):
     """What to try next, from this run's false positives and false negatives."""
     best, found, gain = summary["best"], summary["calibration"], summary["gain"]
     fp, fn = best["fp"], best["fn"]
-    if fp > 1.5 * fn:
+    weight = summary["fp_cost"] / max(summary["fn_cost"], 1e-9) if summary["metric"] == "cost" else 1
+    if weight * fp > 1.5 * fn:
         yield (
             f"False alarms lead ({fp:,} against {fn:,} misses). If they hurt more, try "
-            f"--min-precision {(1 + best['precision']) / 2:.2f} or a higher --fp-cost, and look "
-            "at the highest-scoring negatives for wrong labels."
+            f"--min-precision {(1 + best['precision']) / 2:.2f}, or --metric cost with a higher "
+            "--fp-cost, and look at the highest-scoring negatives for wrong labels."
         )
-    elif fn > 1.5 * fp:
+    elif fn > 1.5 * weight * fp:
         yield (
             f"Misses lead ({fn:,} against {fp:,} false alarms). If they hurt more, try "
-            f"--min-recall {(1 + best['recall']) / 2:.2f} or a higher --fn-cost, and look at "
-            "the lowest-scoring positives for a missing feature."
+            f"--min-recall {(1 + best['recall']) / 2:.2f}, or --metric cost with a higher "
+            "--fn-cost, and look at the lowest-scoring positives for a missing feature."
         )
     else:
         yield (
-            f"False alarms ({fp:,}) and misses ({fn:,}) are about equal: no threshold removes "
-            "one kind without adding the other; only better scores do."
+            f"False alarms ({fp:,}) and misses ({fn:,}) are about in balance: no threshold "
+            "removes one kind without adding the other; only better scores do."
         )
     if found and found["ece"] > 0.05:
         yield (
             f"Off by {found['ece']:.2f} as probabilities: calibrate the scores (Platt scaling, "
             "isotonic regression) on held-out cases before reading them as risks."
         )
-    if gain and not is_real(gain):
-        yield "Keep 0.5 unless the errors have unequal costs (--fp-cost, --fn-cost)."
+    if gain and gain["default_keeps_limits"] and not is_real(gain):
+        yield "Keep 0.5 unless the errors have unequal costs (--metric cost --fn-cost 5, say)."
     low, high = best["threshold_interval"]
     if high - low > 0.1:
         yield f"The threshold is known only to {low:.4g} to {high:.4g}: label more cases."

@@ -70,18 +70,18 @@ class Settings:
     flip: str = flag("random", "mirroring; alternating mirrors every second epoch",
                      choices=("none", "random", "alternating"))  # fmt: skip
     cutout: int = flag(0, "side of a square that is blanked, in pixels", type=integer(0, 32))
-    mixup: float = flag(0.0, "alpha of the Beta distribution of mixing", type=number(0))
+    mixup: float = flag(0.0, "alpha of the Beta distribution of mixing", type=number(0, 100))
     # optimisation
     epochs: int = flag(10, "passes over the training images", type=integer(1))
     batch_size: int = flag(128, "images per step", type=integer(1, math.inf))
     optimizer: str = flag("adam", "rule of the steps", choices=("adam", "adamw", "sgd", "muon"))
-    lr: float = flag(0.001, "learning rate", type=number(0, ends="()"))
+    lr: float = flag(0.001, "learning rate", type=number(0, 1e30, "(]"))
     momentum: float = flag(0.9, "momentum of sgd and muon", type=number(0, 1, "[)"))
     weight_decay: float = flag(0.0, "shrinking of the weights", type=number(0))
     schedule: str = flag("step", "fall of the learning rate: halved every 5 epochs, or to zero",
                          choices=("none", "step", "cosine", "linear"))  # fmt: skip
     warmup_epochs: float = flag(0.0, "epochs of linear rise to --lr, at most half of all",
-                                type=number(0))  # fmt: skip
+                                type=number(0, 1e6))  # fmt: skip
     label_smoothing: float = flag(0.0, "share of the target spread evenly",
                                   type=number(0, 1, "[)"))  # fmt: skip
     grad_clip: float = flag(0.0, "largest norm of the gradient, 0 for any", type=number(0))
@@ -108,7 +108,8 @@ PRESETS = {
     "strong": {
         "model": "strong", "dropout": 0.0, "crop_padding": 2, "crop_fill": "reflect",
         "flip": "alternating", "epochs": 8, "batch_size": 1000, "optimizer": "muon",
-        "lr": 0.18, "momentum": 0.6, "schedule": "linear", "label_smoothing": 0.2,
+        "lr": 0.18, "momentum": 0.6, "weight_decay": 0.0015, "schedule": "linear",
+        "label_smoothing": 0.2,
         "tta": "shift", "select_on": "last",
     },
     "resnet18": {
@@ -119,7 +120,7 @@ PRESETS = {
 }  # fmt: skip
 
 # Streams of random numbers: every draw follows from (seed, stream, epoch).
-WEIGHTS, ORDER, MIRRORS_ONCE, LAYERS, PLOTS = range(5)
+WEIGHTS, ORDER, MIRRORS_ONCE, LAYERS, PLOTS, MEMBERS = range(6)
 
 # ------------------------------------------------------------------------ data
 
@@ -333,7 +334,10 @@ def crop_and_flip(images, index, top, left, mirrored, fill="black"):
 
 
 def cut_out(images, top, left, size):
-    """Blank a square in each image (DeVries and Taylor 2017); images (b, 3, h, w)."""
+    """Blank a square in each image, as in DeVries and Taylor 2017 but wholly inside.
+
+    Images (b, 3, h, w), normalised, so that 0 is the mean; ``top`` and ``left`` (b,).
+    """
     rows, columns = (
         torch.arange(side, device=images.device) - start[:, None]
         for side, start in zip(images.shape[2:], (top, left))
@@ -463,7 +467,7 @@ class Ensemble(nn.Module):
 
     def forward(self, images):
         probs = torch.stack([member(images).float().softmax(1) for member in self.members])
-        return torch.einsum("m,mbc->bc", self.weights, probs).log()  # (b, 10)
+        return (self.weights[:, None, None] * probs).sum(0).log()  # (b, 10), in float32
 
 
 @torch.no_grad()
@@ -528,6 +532,9 @@ def autocast(settings):
 class Muon(torch.optim.Optimizer):
     """Momentum with orthogonal steps for filters (Jordan et al. 2024), else Nesterov SGD.
 
+    ``--weight-decay`` is the share of the other weights taken off per step at full rate;
+    the filters have a fixed norm instead.
+
     torch.optim.Muon takes only matrices and computes in bfloat16, which most
     CPUs emulate slowly; this one takes filter banks and computes in float32.
     """
@@ -582,10 +589,10 @@ def build_optimizer(model, settings):
     # large as ours and 0.053 for the biases, for a loss summed over the batch.
     scale = settings.batch_size * settings.lr / 0.24
     rates = {4: settings.lr, 2: 0.67 / 256**2 * scale, 1: 0.053 * scale}
-    decay = (2e-6 + settings.weight_decay) * scale  # of the weights, per step
     return Muon([
         {"params": [p for p in weights if p.ndim == axes], "lr": lr, "orthogonal": axes == 4,
-         "momentum": settings.momentum if axes == 4 else 0.85, "weight_decay": decay / lr}
+         "momentum": settings.momentum if axes == 4 else 0.85,
+         "weight_decay": settings.weight_decay / lr}
         for axes, lr in rates.items()
     ])  # fmt: skip
 
@@ -619,7 +626,7 @@ class Training:
         torch.manual_seed(derive_seed(settings.seed, WEIGHTS))
         self.model = build_model(asdict(settings) | {"ensemble": 1})
         if settings.model in ("tuned", "strong"):
-            first = data.images[:5000].cpu()
+            first = data.images[self.rows[:5000]].cpu()
             whiten(self.model[0], normalise(first, data.mean, data.std))
         self.model.to(data.images.device, memory_format=torch.channels_last)
         self.size = min(settings.batch_size, len(self.rows))
@@ -651,12 +658,12 @@ class Training:
         """Train and evaluate for one epoch; append its row to the history."""
         epoch, start = len(self.history) + 1, time.perf_counter()
         row = {"epoch": epoch, "lr": self.scheduler.get_last_lr()[0]}
-        losses, right = self.train(epoch, pressed)
+        losses, right, rates = self.train(epoch, pressed)
         row |= {"train_loss": losses.mean().item(), "train_accuracy": right / len(losses)}
         seconds = time.perf_counter() - start
         model = self.average.module if self.average else self.model
         row |= self.evaluate(model) | {"seconds": seconds}
-        check_weights(self.model, row, self.steps)
+        check_weights(self.model, row, self.steps, rates[-1])
         self.history.append(row)
         if kept_epoch(self.history, self.settings.select_on) == epoch:
             self.best = {name: value.clone() for name, value in model.state_dict().items()}
@@ -670,6 +677,8 @@ class Training:
             For each image the loss of its batch, in the order of the pass.
         right : int
             Images that were classified rightly on the way.
+        rates : list of float
+            Learning rate of each step.
 
         Raises
         ------
@@ -700,7 +709,7 @@ class Training:
                 show_progress(f"  epoch {epoch}: step {step + 1} of {self.steps}")
                 shown = time.monotonic()
         show_progress("")
-        return losses, right.item()
+        return losses, right.item(), rates
 
     def load_batch(self, drawn):
         """Augmented, normalised images (b, 3, 32, 32) and labels (b,) of one step."""
@@ -772,13 +781,13 @@ def check_finite(losses, epoch, rates):
         raise RunFailed(diverged(f"loss is {losses[step].item()}", epoch, step, rates[step]))
 
 
-def check_weights(model, row, steps):
+def check_weights(model, row, steps, rate):
     """Raise a RunFailed if the last steps of an epoch left something that is not finite."""
     weights = all(value.isfinite().all() for value in model.state_dict().values())
     losses = [row["train_loss"], 0 if row["eval_split"] == "none" else row["eval_loss"]]
     if not (weights and np.isfinite(losses).all()):
         what = "loss or a weight is no longer finite"
-        raise RunFailed(diverged(what, row["epoch"], steps - 1, row["lr"]))
+        raise RunFailed(diverged(what, row["epoch"], steps - 1, rate))
 
 
 def diverged(what, epoch, step, rate):
@@ -811,8 +820,8 @@ def fit(training, save):
 def train_members(settings, data, folder, checkpoint=None):
     """Train the networks of the ensemble one after another (usually it is one).
 
-    Everything is saved after each epoch: history.csv, best.pt (the ensemble so
-    far) when it got better, and last then last.pt, from which a run continues.
+    After each epoch history.csv is saved, then best.pt if the first network got better
+    or another one of the ensemble is complete, then last.pt, from which a run continues.
 
     Returns
     -------
@@ -823,19 +832,22 @@ def train_members(settings, data, folder, checkpoint=None):
 
     def save(training):
         save_checkpoint(
-            folder / "last.pt", **about(settings, data), **training.state(), members=members
-        )
+            folder / "last.pt", **about(replace(settings, ensemble=1), data),
+            **training.state(), members=members, ensemble=settings.ensemble,
+        )  # fmt: skip
 
     def save_epoch(training):
         every = [*members, {"best": training.best, "history": training.history}]
         rows = [row for member in every for row in member["history"]]
         write_csv(folder / "history.csv", {key: [row[key] for row in rows] for key in rows[0]})
-        if kept_epoch(training.history, settings.select_on) == len(training.history):
+        better = kept_epoch(training.history, settings.select_on) == len(training.history)
+        if len(training.history) == settings.epochs or (better and not members):
             save_best(folder, every, settings, data)
         save(training)
 
     while len(members) < settings.ensemble:
-        training = Training(replace(settings, seed=settings.seed + len(members)), data)
+        seed = derive_seed(settings.seed, MEMBERS, len(members)) if members else settings.seed
+        training = Training(replace(settings, seed=seed), data)
         if checkpoint:
             restore(training, checkpoint, folder / "last.pt")
             checkpoint = None
@@ -1056,7 +1068,7 @@ def report(settings, metrics, data, probs):
 def gap_text(train, test):
     """What the gap between training and test accuracy says about regularisation."""
     gap = train - test
-    text = f"On training images (10,000 at most, not augmented) {train:.2%}: a gap of {gap:+.2%}. "
+    text = f"On training images (10,000 at most, not augmented) {train:.2%}: {100 * gap:+.2f} points. "
     if gap > 0.1:
         return text + "The network memorises: more regularisation or augmentation should help."
     if gap > 0.03:
@@ -1093,7 +1105,7 @@ def plot_all(plt, settings, data, metrics, history, probs):
 
 
 def plot_samples(plt, settings, data, rows=4, columns=8):
-    """What the network sees: training images after shift and mirroring."""
+    """Training images after shift and mirroring (cutout and mixup are not shown)."""
     chosen = split_rows(data, settings.select_on)[0]
     drawn = draw_epoch(len(chosen), settings, data.mirror, epoch=1)
     drawn = {name: part[: rows * columns] for name, part in drawn.items()}
@@ -1185,12 +1197,12 @@ def plot_predictions(plt, labels, probs, data, seed, rows=4, columns=6):
     chosen = np.concatenate([right, wrong])
     figure = image_grid(plt, data.test_images.cpu()[chosen], rows, columns)
     for axes, i in zip(figure.axes, chosen):
-        text = f"{data.classes[preds[i]]} {probs[i, preds[i]]:.0%}"
+        text = f"{data.classes[preds[i]]}: {probs[i, preds[i]]:.0%}"
         if preds[i] != labels[i]:
             text += f"\nis {data.classes[labels[i]]}"
         axes.set_title(text, fontsize=9, loc="center",
                        color=BLUE if preds[i] == labels[i] else RED)  # fmt: skip
-    figure.suptitle(f"{data.name}: {len(right)} right (blue) and {len(wrong)} wrong (red) guesses")
+    figure.suptitle(f"{data.name}: {len(right)} right (blue) and {len(wrong)} wrong (orange) guesses")
     return figure
 
 
@@ -1227,7 +1239,9 @@ def parse_arguments(argv):
 
 
 def check_combination(settings, given):
-    """Raise a UserError for options that make no sense together."""
+    """Raise a UserError for options that make no sense, alone or together."""
+    if 0 < settings.mixup < 0.001:
+        raise UserError(f"--mixup {settings.mixup:g} is too small to mix: give 0 or at least 0.001")
     if "momentum" in given and settings.optimizer in ("adam", "adamw"):
         raise UserError(f"--momentum is for sgd and muon; {settings.optimizer} has its own")
 
@@ -1241,12 +1255,11 @@ def resolve(settings):
 
 def default_folder(settings):
     """outputs/part2 for the baseline on CIFAR-10; every other run has its own folder."""
-    names = ["part2"]
-    if settings.preset != "baseline":
-        names.append(settings.preset)
-    if settings.dataset == "digits":
-        names.append(settings.dataset)
-    return Path("outputs", "-".join(names))
+    digits = settings.dataset == "digits"
+    free = {key: getattr(settings, key) for key in ("dataset", "seed", "device", "precision")}
+    changed = settings != Settings(**{"preset": settings.preset} | PRESETS[settings.preset] | free)
+    preset = settings.preset if settings.preset != "baseline" or (changed and not digits) else ""
+    return Path("outputs", "-".join(filter(None, ["part2", preset, "digits" * digits])))
 
 
 def find_last(output_dir, settings):
@@ -1266,9 +1279,9 @@ def read_last(path, given):
     UserError
         If the file is damaged or an option was given that differs from it.
     """
-    checkpoint = load_checkpoint(path, required=("config", "classes", "members"))
+    checkpoint = load_checkpoint(path, required=("config", "classes", "members", "ensemble"))
     try:
-        stored = Settings(**checkpoint["config"])
+        stored = replace(Settings(**checkpoint["config"]), ensemble=checkpoint["ensemble"])
         for option in fields(Settings):
             value = checkpoint["config"][option.name]
             if value not in option.metadata.get("choices", [value]):
@@ -1296,7 +1309,6 @@ def main(argv=None):
     a = parse_arguments(argv)
     given = {f.name: getattr(a, f.name) for f in fields(Settings) if hasattr(a, f.name)}
     settings = Settings(**PRESETS[given.get("preset", "baseline")] | given)
-    check_combination(settings, given)
     last, checkpoint = find_last(a.output_dir, settings), None
     if a.resume and last.exists():
         checkpoint, settings = read_last(last, given)
@@ -1305,6 +1317,7 @@ def main(argv=None):
     elif a.resume:
         say(f"There is no {last}: starting afresh.")
 
+    check_combination(settings, given)
     check_output(last.parent)
     settings, reason = resolve(settings)
     prepare_machine(torch.device(settings.device))
@@ -1312,27 +1325,31 @@ def main(argv=None):
     settings = replace(settings, dataset=data.key)
     if checkpoint and tuple(checkpoint["classes"]) != data.classes:
         raise UserError(f"{last} is for other classes than {data.name}: start afresh")
-    folder = output_folder(a.output_dir or default_folder(settings))
+    folder = output_folder(last.parent if checkpoint else a.output_dir or default_folder(settings))
     introduce(settings, data, reason)
     try:
         histories = train_members(settings, data, folder, checkpoint)
-    except Interrupted as stop:
+        finish(folder, settings, data, histories, a.show)
+    except KeyboardInterrupt as stop:
         again = sys.argv[1:] if argv is None else [*argv]
         again += ["--output-dir", str(folder)] * (not a.output_dir) + ["--resume"] * (not a.resume)
         command = shlex.join(["python", "part2_cifar_cnn.py", *again])
-        raise Interrupted(f"{stop}: {command}") from None
+        raise Interrupted(f"{stop or 'go on with'}: {command}") from None
 
+
+def finish(folder, settings, data, histories, show):
+    """Evaluate, explain, draw, save, and mark the run as finished."""
     metrics, probs = measure_kept(folder, data, settings, histories)
     report(settings, metrics, data, probs)
     say("", f"8. Files in {folder}")
     save_results(folder, settings, metrics, data, probs)
-    plt, history = load_pyplot(a.show), [row for rows in histories for row in rows]
+    plt, history = load_pyplot(show), [row for rows in histories for row in rows]
     for name, figure in plot_all(plt, settings, data, metrics, history, probs).items():
         save_figure(figure, folder / f"{name}.png")
         say(f"  {name}.png")
     finished = load_checkpoint(folder / "last.pt") | {"finished": True}
     save_checkpoint(folder / "last.pt", **finished)
-    finish_figures(plt, a.show)
+    finish_figures(plt, show)
 
 
 def introduce(settings, data, reason):

@@ -123,7 +123,7 @@ def tell(text):
     """Print a paragraph, wrapped and indented; a table's row (indented) stays as it is."""
     width = max(30, min(80, shutil.get_terminal_size().columns))
     row = text.startswith("  ")
-    say(text if row else textwrap.indent(textwrap.fill(text, width - 2), "  "))
+    say(text if row else textwrap.indent(textwrap.fill(text, width - 2, break_on_hyphens=False), "  "))
 
 
 def on_terminal():

@@ -528,7 +528,7 @@ def test_metrics_hold_what_is_documented(run):
         train_accuracy val_accuracy test_accuracy per_class_accuracy train_seconds
         images_per_second""".split()
     assert set(keys) <= set(run.metrics)
-    expected = {"dataset": "digits", "preset": "baseline", "seed": 0, "device": "cpu",
+    expected = {"dataset": "digits", "preset": "baseline", "seed": 42, "device": "cpu",
                 "precision": "float32", "epochs": EPOCHS, "select_on": "val"}  # fmt: skip
     assert {key: run.metrics[key] for key in expected} == expected
     shares = [float(row["eval_accuracy"]) for row in run.history]
@@ -624,7 +624,7 @@ def readme_commands():
     """Arguments of each run of a script in README's code blocks, the script first."""
     path = ROOT / "README.md"
     text = path.read_text(encoding="utf-8").replace("\\\n", " ") if path.exists() else ""
-    for block in re.findall(r"^```(?:\w*)\n(.*?)^```", text, re.M | re.S):
+    for block in re.findall(r"^```sh\n(.*?)^```", text, re.M | re.S):
         for line in block.splitlines():
             words = shlex.shlex(line.removeprefix("$ "), posix=True, punctuation_chars=True)
             words.whitespace_split = True
