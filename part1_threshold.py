@@ -579,7 +579,7 @@ def bootstrap(cells, thresholds, objective, chosen, default, seed):
         "replicates": rows.size,
         "dropped": REPLICATES - rows.size,
         "threshold": interval(thresholds[picks], method="inverted_cdf"),
-        "value": np.sort(sign * interval(here[:, chosen])),
+        "value": np.sort(sign * interval(here[:, chosen])) + 0.0,  # never -0.0
         "optimism": sign * (excess[rows, picks] - excess[:, chosen]).mean(),
         "bands": {
             metric: interval(measure(metric, counts, objective))
@@ -588,8 +588,7 @@ def bootstrap(cells, thresholds, objective, chosen, default, seed):
     }
     if default is not None:
         result["gain"] = interval(here[:, chosen] - here[:, default])
-        gained = excess - excess[:, [default]]
-        result["gain_optimism"] = (gained[rows, picks] - gained[:, chosen]).mean()
+        result["gain_optimism"] = sign * result["optimism"]  # 0.5 was not chosen
     return result
 
 
@@ -773,7 +772,7 @@ def describe_choice(counts, objective, chosen, default, sure):
         for name, loss in (("plateau", TOLERANCE), ("near_optimal", near(objective)))
     }
     others = {metric: replace(objective, metric=metric) for metric in METRICS}
-    picks = {m: choose(eligible(counts, other)) for m, other in others.items()}
+    found = {m: eligible(counts, other) for m, other in others.items()}
     return {
         "best": best | {
             "threshold_interval": sure["threshold"],
@@ -788,7 +787,10 @@ def describe_choice(counts, objective, chosen, default, sure):
             "corrected_interval": sure["gain"] - sure["gain_optimism"],
             "default_keeps_limits": bool(np.isfinite(values[default])),
         },
-        "by_metric": {m: entry(counts, others[m], pick) for m, pick in picks.items()},
+        "by_metric": {
+            m: entry(counts, others[m], choose(v)) if np.isfinite(v).any() else None
+            for m, v in found.items()
+        },
         **{name: {"low": low, "high": high} for name, (low, high) in ranges.items()},
         "constraints": {limit: getattr(objective, limit) for limit in LIMITS},
         "bootstrap": {key: sure[key] for key in ("replicates", "dropped")},
@@ -1069,14 +1071,17 @@ def suggestions(summary):
     """What to try next, from this run's false positives and false negatives."""
     best, found, gain = summary["best"], summary["calibration"], summary["gain"]
     fp, fn = best["fp"], best["fn"]
-    weight = summary["fp_cost"] / max(summary["fn_cost"], 1e-9) if summary["metric"] == "cost" else 1
-    if weight * fp > 1.5 * fn:
+    share = summary["prevalence"] or summary["n_positive"] / summary["n"]
+    alarms, misses = (1 - share) * (1 - best["specificity"]), share * (1 - best["recall"])
+    if summary["metric"] == "cost":
+        alarms, misses = alarms * summary["fp_cost"], misses * summary["fn_cost"]
+    if alarms > 1.5 * misses:
         yield (
             f"False alarms lead ({fp:,} against {fn:,} misses). If they hurt more, try "
             f"--min-precision {(1 + best['precision']) / 2:.2f}, or --metric cost with a higher "
             "--fp-cost, and look at the highest-scoring negatives for wrong labels."
         )
-    elif fn > 1.5 * weight * fp:
+    elif misses > 1.5 * alarms:
         yield (
             f"Misses lead ({fn:,} against {fp:,} false alarms). If they hurt more, try "
             f"--min-recall {(1 + best['recall']) / 2:.2f}, or --metric cost with a higher "

@@ -631,7 +631,7 @@ class Training:
         self.model.to(data.images.device, memory_format=torch.channels_last)
         self.size = min(settings.batch_size, len(self.rows))
         self.steps = math.ceil(len(self.rows) / self.size)
-        self.optimizer = build_optimizer(self.model, settings)
+        self.optimizer = build_optimizer(self.model, replace(settings, batch_size=self.size))
         self.scheduler = build_scheduler(self.optimizer, settings, self.steps)
         self.average = AveragedModel(
             self.model, multi_avg_fn=get_ema_multi_avg_fn(settings.ema), use_buffers=True
@@ -935,7 +935,7 @@ def predict(model, images, data, settings, batch=500):
 
 def accuracy(logits, labels):
     """Share of the images whose highest logit is their label's."""
-    return (logits.argmax(1) == labels).double().mean().item()
+    return (logits.argmax(1) == labels).sum().item() / len(labels)
 
 
 def wilson(share, n, z=1.96):
@@ -981,7 +981,7 @@ def measure_kept(folder, data, settings, histories):
                 f"best.pt, read back, has accuracy {found[settings.select_on]} instead of "
                 f"{reported}: its numbers cannot be trusted"
             )
-    right = (logits.argmax(1) == data.test_labels).double()
+    right, labels = (logits.argmax(1) == data.test_labels).cpu().double(), data.test_labels.cpu()
     seconds = sum(row["seconds"] for history in histories for row in history)
     kept = [kept_epoch(history, settings.select_on) for history in histories]
     return {
@@ -989,7 +989,7 @@ def measure_kept(folder, data, settings, histories):
         **{f"{split}_accuracy": found.get(split) for split in ("train", "val", "test")},
         "test_accuracy_interval": wilson(found["test"], len(right)),
         "per_class_accuracy": {
-            name: right[data.test_labels == label].mean().item()
+            name: right[labels == label].mean().item()
             for label, name in enumerate(data.classes)
         },
         "train_seconds": seconds,
