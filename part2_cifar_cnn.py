@@ -841,7 +841,7 @@ def train_members(settings, data, folder, checkpoint=None):
         rows = [row for member in every for row in member["history"]]
         write_csv(folder / "history.csv", {key: [row[key] for row in rows] for key in rows[0]})
         better = kept_epoch(training.history, settings.select_on) == len(training.history)
-        if len(training.history) == settings.epochs or (better and not members):
+        if len(training.history) == settings.epochs if members else better:
             save_best(folder, every, settings, data)
         save(training)
 

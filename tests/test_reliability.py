@@ -900,8 +900,7 @@ WRONG = (
     "--device nonsense|--device meta|--device hpu|--device cuda:99|--precision float16|"
     "--select-on train|--dataset mnist|--unheard-of|stray"
 ).split("|") + [
-    f"--seed 1{'0' * 400}", f"--epochs {'9' * 5000}", f"--batch-size 1{'0' * 30}",
-    "--output-dir a-file",
+    f"--seed 1{'0' * 400}", f"--epochs {'9' * 5000}", "--output-dir a-file",
 ]  # fmt: skip
 
 
@@ -933,7 +932,7 @@ def test_output_path_is_checked_before_the_data_is_fetched(tiny, tmp_path, monke
     assert "--output-dir" in error_line(capsys)
 
 
-@pytest.mark.parametrize("size", ["178", "179", "180", "1000000"])
+@pytest.mark.parametrize("size", ["178", "179", "180", "1000000", str(10**30)])
 def test_large_batches_and_a_last_batch_of_one_image_work(size, tmp_path, capsys):
     assert run(tmp_path, "--batch-size", size, "--epochs", "1") == 0
     assert json.loads((tmp_path / "metrics.json").read_text())["test_accuracy"] >= 0
