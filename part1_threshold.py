@@ -191,18 +191,19 @@ def _find_positives(what, values, positive):
     """Labels as bool: 1 (or ``positive``) against 0 (or every other value)."""
     found = np.unique(values[:1000]).tolist()
     found = ", ".join(map(repr, found[:5])) + ", ..." * (len(found) > 5)
-    numbers, wanted = _as_numbers(values), _as_numbers(np.array(["1" if positive is None else positive]))
+    sought = "1" if positive is None else positive
+    numbers, wanted = _as_numbers(values), _as_numbers(np.array([sought]))
     if positive is None and (numbers is None or not np.isin(numbers, (0, 1)).all()):
         raise UserError(
             f"{what} are not all 0 or 1 (there is {found}): say with --positive "
             "which value is positive"
         )
     as_text = numbers is None or wanted is None
-    labels = values.astype(str) == positive if as_text else numbers == wanted
+    labels = values.astype(str) == sought if as_text else numbers == wanted
     if not labels.any() or labels.all():
         raise UserError(
-            f"{what} are {'all' if labels.all() else 'never'} {1 if positive is None else positive} (there is "
-            f"{found}): both classes are needed; see --positive"
+            f"{what} are {'all' if labels.all() else 'never'} {sought} (there is {found}): "
+            "both classes are needed; see --positive"
         )
     return labels
 
@@ -381,9 +382,8 @@ def _mcc(c, o):
 
 
 def _kappa(c, o):
-    agreement, chance = 2.0 * (c.tp * c.tn - 1.0 * c.fp * c.fn), (
-        1.0 * (c.tp + c.fp) * c.n_negative + 1.0 * (c.fn + c.tn) * c.n_positive
-    )
+    agreement = 2.0 * (c.tp * c.tn - 1.0 * c.fp * c.fn)
+    chance = 1.0 * (c.tp + c.fp) * c.n_negative + 1.0 * (c.fn + c.tn) * c.n_positive
     return ratio(agreement, chance)
 
 
