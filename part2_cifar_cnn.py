@@ -16,6 +16,7 @@ it takes and the accuracy it reaches.
 """
 
 import argparse
+import csv
 import ctypes
 import errno
 import math
@@ -205,11 +206,14 @@ def load_cifar10(folder):
 
 
 def read_cifar10(folder):
-    """The batches in ``folder``, after their MD5 sums were found right."""
-    files = [*CIFAR10.train_list, *CIFAR10.test_list]
-    for name, md5 in [*files, [CIFAR10.meta["filename"], CIFAR10.meta["md5"]]]:
-        check_md5(folder / CIFAR10.base_folder / name, md5)
-    train, test = (CIFAR10(folder, train=part) for part in (True, False))
+    """The batches in ``folder``; torchvision sees that their MD5 sums are right."""
+    try:
+        train, test = (CIFAR10(folder, train=part) for part in (True, False))
+    except (RuntimeError, OSError):
+        files = [*CIFAR10.train_list, *CIFAR10.test_list]
+        for name, md5 in [*files, [CIFAR10.meta["filename"], CIFAR10.meta["md5"]]]:
+            check_md5(folder / CIFAR10.base_folder / name, md5)  # to name the one that is not
+        raise
     return Data(
         "cifar10", "CIFAR-10", tuple(train.classes), CIFAR10_MEAN, CIFAR10_STD,
         torch.from_numpy(train.data).contiguous(), torch.tensor(train.targets),
@@ -903,12 +907,13 @@ def about(settings, data):
 # ------------------------------------------------------------------ evaluation
 
 
-# Each view: rows and columns of shift, whether mirrored, weight.
+# Each view: rows and columns of shift, whether mirrored, weight. A mirrored view is shifted
+# to the other side, so that an image and its mirror image have the same views.
 VIEWS = {
     "none": [(0, 0, False, 1.0)],
     "flip": [(0, 0, False, 0.5), (0, 0, True, 0.5)],
     "shift": [(0, 0, False, 0.25), (0, 0, True, 0.25)]
-    + [(s, s, mirrored, 0.125) for s in (-1, 1) for mirrored in (False, True)],
+    + [(s, side * s, side < 0, 0.125) for s in (-1, 1) for side in (1, -1)],
 }
 
 
@@ -1025,20 +1030,63 @@ def second_look(labels, probs, pair, margin=0.2):
 
 # ------------------------------------------------------------------------ report
 
-# What it does, points of test accuracy that it roughly adds to the baseline (as published
-# for such networks, not yet measured here), and its flag.
-STRATEGIES = (
-    ("More and wider layers", "over 20", "--preset strong"),
-    ("Larger filters, warm-up, AdamW", "over 10", "--preset tuned"),
-    ("Less dropout, as it underfits", "2 to 4", "--dropout 0.1"),
-    ("Longer training", "2 to 4", "--epochs 30"),
-    ("Smooth fall of learning rate", "1 to 2", "--schedule cosine"),
-    ("Optimiser with momentum", "0 to 2", "--optimizer sgd --lr 0.05"),
-    ("Averaged networks or weights", "1 to 3", "--ensemble 5, --ema 0.99"),
-    ("Averaged views of an image", "1", "--tta shift"),
-    ("Augmentation, once it overfits", "0 to 2", "--cutout 8 --mixup 0.2"),
-    ("Soft targets: honest confidence", "0", "--label-smoothing 0.1"),
-)
+ABLATION = Path(__file__).resolve().parent / "outputs" / "ablation" / "results.csv"
+
+
+def read_table(path=ABLATION):
+    """Rows of the table that tests/ablation.py fills, as dicts of text; [] if there is none."""
+    try:
+        with open(path, newline="") as file:
+            return list(csv.DictReader(file))
+    except OSError:
+        return []
+
+
+def measured_gains(rows):
+    """What each preset, and each change of the baseline, added to it on CIFAR-10.
+
+    Parameters
+    ----------
+    rows : list of dict
+        As from `read_table`.
+
+    Returns
+    -------
+    list of dict, the largest gain first
+        ``change`` (the settings, as text), ``runs``, ``accuracy`` and ``points`` (means,
+        the latter of the gain over the baseline with the same seed; both in percent),
+        ``deviation`` (of the points; NaN for one run) and ``seconds`` of training (mean).
+    """
+    runs = {}  # of each change: accuracy and seconds by seed
+    for row in rows:
+        change = dict(zip(row["change"].split(), row["value"].split()))
+        if row["preset"] != "baseline":
+            change = {"preset": row["preset"]} | change
+        found = 100 * float(row["test_accuracy"]), float(row["train_seconds"])
+        if row["dataset"] == "cifar10":
+            runs.setdefault(tuple(change.items()), {})[row["seed"]] = found
+    base, gains = runs.get((), {}), []
+    for change, found in runs.items():
+        if seeds := sorted(base.keys() & found):
+            accuracy, seconds = np.array([found[seed] for seed in seeds]).T
+            points = accuracy - [base[seed][0] for seed in seeds]
+            gains.append({
+                "change": dict(change), "runs": len(seeds), "accuracy": accuracy.mean(),
+                "points": points.mean(), "seconds": seconds.mean(),
+                "deviation": points.std(ddof=1) if len(seeds) > 1 else math.nan,
+            })  # fmt: skip
+    return sorted(gains, key=lambda gain: -gain["points"])
+
+
+def flags_text(change):
+    """Settings as they are typed."""
+    return " ".join(f"--{key.replace('_', '-')} {value}" for key, value in change.items())
+
+
+def gain_text(gain):
+    """Points of a gain with their deviation over the seeds."""
+    spread = "" if gain["runs"] == 1 else f" +- {gain['deviation']:.1f}"
+    return f"{gain['points']:+.1f}{spread}"
 
 
 def report(settings, metrics, data, probs):
@@ -1060,9 +1108,23 @@ def report(settings, metrics, data, probs):
     for pair in confused_pairs(labels, preds, len(data.classes)):
         tell(pair_text(pair, data.classes, *second_look(labels, probs, pair)))
     say("", "7. What to try next, in this order")
-    tell("Points of test accuracy as published for such networks, roughly.")
-    for i, (what, points, flags) in enumerate(STRATEGIES, 1):
-        say(f"  {i:>2}. {what:<32} {points:>7}  {flags}")
+    suggest(settings, measured_gains(read_table()))
+
+
+def suggest(settings, gains, most=10):
+    """Print the presets and changes that bought most, without those this run already has."""
+    now = {key: str(value) for key, value in asdict(settings).items()}
+    gains = [
+        gain for gain in gains
+        if not gain["change"].items() <= now.items()
+        and (len(gain["change"]) == 1 or "preset" not in gain["change"])
+    ][:most]  # fmt: skip
+    if not gains:
+        return tell("Nothing is measured yet: run tests/ablation.py, which fills the table.")
+    tell("Points of test accuracy that each added to the baseline on CIFAR-10, the deviation "
+         "over the seeds, and seconds of training (outputs/ablation/results.csv).")  # fmt: skip
+    for i, gain in enumerate(gains, 1):
+        say(f"  {i:>2}. {gain_text(gain):<12} {gain['seconds']:>6.0f} s  {flags_text(gain['change'])}")
 
 
 def gap_text(train, test):

@@ -1,0 +1,174 @@
+"""What each flag of part 2 buys, measured: one row of a table for each run.
+
+    python tests/ablation.py --data-dir data                          every run, for days
+    python tests/ablation.py --data-dir data --presets strong --changes none --seeds 0,1
+    python tests/ablation.py --report                                 table and plot only
+
+Each run trains on all training images, keeps its last epoch and is tested once. Its row is
+added to outputs/ablation/results.csv when it ends; runs that have a row are not made again.
+A run that was stopped goes on after its last epoch: its checkpoints are kept in a folder
+beside that of the table, named like it with "-runs" at the end.
+"""
+
+import argparse
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import part2_cifar_cnn as part2
+from utils import BLUE, ORANGE, command, load_pyplot, output_folder, save_figure, say, write_csv
+
+# What is changed, one thing at a time; lr and momentum go with the optimiser they suit.
+CHANGES = {
+    "baseline": [
+        {}, {"dropout": 0.1}, {"crop_padding": 0}, {"flip": "none"}, {"flip": "alternating"},
+        {"cutout": 8}, {"mixup": 0.2}, {"schedule": "cosine"}, {"schedule": "linear"},
+        {"warmup_epochs": 2.0}, {"optimizer": "adamw", "weight_decay": 0.01},
+        {"weight_decay": 0.0005}, {"optimizer": "sgd", "lr": 0.05},
+        {"optimizer": "muon", "lr": 0.1, "momentum": 0.6}, {"label_smoothing": 0.1},
+        {"grad_clip": 1.0}, {"ema": 0.99}, {"tta": "flip"}, {"tta": "shift"}, {"epochs": 20},
+        {"ensemble": 3}, {"model": "tuned"},
+    ],
+    "tuned": [{}, {"tta": "none"}],
+    "strong": [
+        {}, {"tta": "none"}, {"optimizer": "sgd", "lr": 0.2, "momentum": 0.85},
+        {"label_smoothing": 0.0}, {"flip": "random"}, {"schedule": "none"}, {"epochs": 20},
+    ],
+    "resnet18": [{"epochs": 3}],
+}  # fmt: skip
+
+# Name, test accuracy in percent, seconds of training as published, on what.
+PUBLISHED = (
+    ("airbench94, Muon", 94.01, 2.6, "A100"),
+    ("airbench94", 94.01, 3.8, "A100"),
+    ("airbench96", 96.03, 35, "A100"),
+    ("cifar10-fast", 94.1, 26, "V100"),
+    ("slatteryjim, two convolutions", 71.87, 197, "8-core Ryzen"),
+)
+
+
+def settings_of(preset, change, seed, dataset):
+    """The settings of one run, on this machine."""
+    flags = part2.PRESETS[preset] | {"select_on": "last"} | change
+    settings = part2.Settings(**{"preset": preset, "seed": seed, "dataset": dataset} | flags)
+    return part2.resolve(settings)[0]
+
+
+def name_of(preset, change, seed):
+    """The columns that say which run a row is of, as text."""
+    keys, values = " ".join(change) or "none", " ".join(map(str, change.values()))
+    return {"preset": preset, "change": keys, "value": values, "seed": str(seed)}
+
+
+def run(settings, data, folder):
+    """Train, or go on, or only test where the training is done; test accuracy and seconds."""
+    checkpoint = None
+    if (folder / "last.pt").exists():
+        checkpoint, _ = part2.read_last(folder / "last.pt", {})
+    histories = part2.train_members(settings, data, output_folder(folder), checkpoint)
+    metrics, _ = part2.measure_kept(folder, data, settings, histories)
+    return metrics["test_accuracy"], metrics["train_seconds"]
+
+
+def checkpoints_of(settings, runs):
+    """A folder for each training; views of the test images do not change it."""
+    plain = part2.Settings(**part2.PRESETS[settings.preset])
+    free = {"tta": plain.tta, "select_on": plain.select_on}
+    parts = [
+        f"{key}-{value}" for key, value in asdict(replace(settings, **free)).items()
+        if value != getattr(plain, key) or key in ("preset", "seed")
+    ]  # fmt: skip
+    return runs / "_".join(parts)
+
+
+def report(path):
+    """Print the table as Markdown and draw accuracy against seconds beside it."""
+    gains = part2.measured_gains(part2.read_table(path))
+    if not gains:
+        return say(f"{path} has no run of the baseline on CIFAR-10 to compare with")
+    say("| flags | runs | test accuracy (%) | points more than the baseline | training seconds |")
+    say("|---|---|---|---|---|")
+    for gain in gains:
+        say(f"| `{part2.flags_text(gain['change']) or '--preset baseline'}` | {gain['runs']} | "
+            f"{gain['accuracy']:.2f} | {part2.gain_text(gain)} | {gain['seconds']:.0f} |")  # fmt: skip
+    plt = load_pyplot()
+    save_figure(plot(plt, gains), path.with_name("accuracy_vs_seconds.png"))
+
+
+def plot(plt, gains):
+    """Test accuracy against training seconds of each preset and each published peer."""
+    ours = {
+        part2.flags_text(gain["change"]).replace("--preset ", "") or "baseline": gain
+        for gain in gains if gain["change"].keys() <= {"preset", "epochs", "ensemble"}
+        and ("preset" in gain["change"] or not gain["change"])
+    }  # fmt: skip
+    figure, axes = plt.subplots(figsize=(9, 5.5))
+    for name, gain in ours.items():
+        axes.plot(gain["seconds"], gain["accuracy"], "o", color=BLUE, markersize=9)
+        axes.annotate(f"{name} (n = {gain['runs']})", (gain["seconds"], gain["accuracy"]),
+                      xytext=(8, -4), textcoords="offset points")  # fmt: skip
+    for name, accuracy, seconds, machine in PUBLISHED:
+        axes.plot(seconds, accuracy, "D", color=ORANGE, markerfacecolor="white", markersize=8)
+        axes.annotate(f"{name} ({machine})", (seconds, accuracy), xytext=(8, -4),
+                      textcoords="offset points", color="#555555", fontsize=9)  # fmt: skip
+    axes.plot([], [], "o", color=BLUE, label="this project, two CPU cores")
+    axes.plot([], [], "D", color=ORANGE, markerfacecolor="white", label="as published")
+    axes.legend(loc="lower left")
+    best = max(ours.items(), key=lambda item: item[1]["accuracy"])
+    axes.set(xscale="log", xlabel="seconds of training", ylabel="test accuracy (%)",
+             title=f"CIFAR-10: {best[0]} reaches {best[1]['accuracy']:.1f} % "
+                   f"in {best[1]['seconds'] / 60:.0f} minutes without a GPU")  # fmt: skip
+    return figure
+
+
+@command
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data-dir", type=Path, default=Path("data"))
+    parser.add_argument("--dataset", default="cifar10", choices=("cifar10", "digits"))
+    parser.add_argument("--presets", default=",".join(CHANGES))
+    parser.add_argument("--changes", help="only these, as in the column of that name")
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--table", type=Path, default=part2.ABLATION)
+    parser.add_argument("--report", action="store_true", help="table and plot only")
+    a = parser.parse_args(argv)
+    runs = [
+        (int(seed), preset, change)
+        for seed in a.seeds.split(",") for preset in a.presets.split(",")
+        for change in CHANGES[preset]
+        if not a.changes or (" ".join(change) or "none") in a.changes.split(",")
+    ]  # fmt: skip
+    if not a.report:
+        measure(runs, a)
+    report(a.table)
+
+
+def measure(runs, a):
+    """Make the runs that have no row yet, and add a row for each."""
+    output_folder(a.table.parent)
+    data, rows = None, part2.read_table(a.table)
+    for seed, preset, change in runs:
+        name = name_of(preset, change, seed) | {"dataset": a.dataset}
+        if any(name.items() <= row.items() for row in rows):
+            continue
+        settings = settings_of(preset, change, seed, a.dataset)
+        if data is None:
+            part2.prepare_machine(part2.torch.device(settings.device))
+            data = part2.load_data(a.dataset, a.data_dir).to(settings.device)
+        say(f"{preset}, {name['change']} {name['value']}, seed {seed}")
+        folder = checkpoints_of(settings, a.table.parent.with_name(a.table.parent.name + "-runs"))
+        share, seconds = run(settings, data, folder)
+        rows.append(name | {
+            "epochs": str(settings.epochs), "parameters": str(part2.count_parameters(settings)),
+            "test_accuracy": str(share), "train_seconds": f"{seconds:.1f}",
+        })  # fmt: skip
+        write_csv(a.table, {key: [row[key] for row in rows] for key in rows[0]})
+        say(f"  test accuracy {share:.2%} after {seconds:.0f} s")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,358 @@
+"""Each technique of part2_cifar_cnn.py against its definition, written out."""
+
+import copy
+import math
+from dataclasses import asdict, replace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import part2_cifar_cnn as part2
+from part2_cifar_cnn import PRESETS, Settings, Training, build_model, draw_epoch
+
+SETTINGS = Settings(
+    dataset="digits", device="cpu", precision="float32", select_on="last", batch_size=50
+)
+PARAMETERS = {"small": 282_442, "tuned": 265_450, "strong": 1_972_792, "resnet18": 11_173_962}
+
+
+@pytest.fixture(scope="module")
+def data():
+    """The first 200 digits, which may be mirrored here, so that mirroring is tried."""
+    digits = part2.load_digits()
+    return replace(digits, images=digits.images[:200], labels=digits.labels[:200], mirror=True)
+
+
+def training_with(data, **options):
+    return Training(replace(SETTINGS, **options), data)
+
+
+def one_step(training, seed=0):
+    """Take one step on the first images; images, labels, logits and loss."""
+    images = part2.normalise(training.data.images[:50], training.data.mean, training.data.std)
+    labels = training.data.labels[:50]
+    torch.manual_seed(seed)
+    return images, labels, *training.take_step(images, labels)
+
+
+def weights_of(model):
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def soft_target_loss(logits, targets):
+    """Cross-entropy with soft targets (b, classes), written out."""
+    return -(targets * (logits - logits.logsumexp(1, keepdim=True))).sum(1).mean()
+
+
+# ---------------------------------------------------------------------- images
+
+
+def test_cutout_zeroes_exactly_the_square():
+    images = torch.rand(40, 3, 32, 32) + 1
+    top, left = torch.randint(0, 25, (2, 40))
+    before, cut = images.clone(), part2.cut_out(images, top, left, 8)
+    for i in range(40):
+        rows, columns = slice(top[i], top[i] + 8), slice(left[i], left[i] + 8)
+        assert not cut[i, :, rows, columns].any()
+        assert (cut[i] == 0).sum() == 3 * 8 * 8
+        kept = cut[i] != 0
+        assert torch.equal(cut[i][kept], before[i][kept])
+    assert torch.equal(images, before)
+
+
+def test_cutout_squares_lie_anywhere_inside():
+    drawn = draw_epoch(20_000, replace(SETTINGS, cutout=8), True, 1)
+    for name in ("cut_top", "cut_left"):
+        assert sorted(set(drawn[name].tolist())) == list(range(25))
+    whole = draw_epoch(10, replace(SETTINGS, cutout=32), True, 1)
+    assert not whole["cut_top"].any()
+
+
+def test_cutout_reaches_the_batch(data):
+    plain, cut = (training_with(data, cutout=size).load_batch(
+        draw_epoch(200, replace(SETTINGS, cutout=size), True, 1))[0] for size in (0, 8))  # fmt: skip
+    changed = (plain != cut).any(1)
+    assert 0 < changed.sum() <= 200 * 64
+
+
+def test_alternating_flip_shows_both_orientations_in_two_epochs():
+    flip = replace(SETTINGS, flip="alternating")
+    mirrored = []
+    for epoch in (1, 2, 3):
+        drawn = draw_epoch(1000, flip, True, epoch)
+        by_image = torch.empty(1000, dtype=torch.bool)
+        by_image[drawn["order"]] = drawn["mirrored"]
+        mirrored.append(by_image)
+    assert torch.equal(mirrored[0], ~mirrored[1]) and torch.equal(mirrored[0], mirrored[2])
+    assert 400 < mirrored[0].sum() < 600
+
+
+# ---------------------------------------------------------------- soft targets
+
+
+def test_label_smoothing_is_cross_entropy_with_soft_targets(data):
+    _, labels, logits, loss = one_step(training_with(data, label_smoothing=0.2))
+    targets = 0.8 * F.one_hot(labels, 10) + 0.02
+    assert loss.item() == pytest.approx(soft_target_loss(logits, targets).item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_mixup_is_cross_entropy_with_the_mixed_targets(data, monkeypatch, smoothing):
+    monkeypatch.setattr(torch.distributions.Beta, "sample", lambda *a: torch.tensor(0.3))
+    training = training_with(data, mixup=1.0, label_smoothing=smoothing, dropout=0.0)
+    model = copy.deepcopy(training.model)
+    images, labels, logits, loss = one_step(training)
+    mixed = 0.3 * images + 0.7 * images.roll(1, 0)
+    assert torch.allclose(model(mixed), logits, atol=1e-4)
+    targets = 0.3 * F.one_hot(labels, 10) + 0.7 * F.one_hot(labels.roll(1), 10)
+    targets = (1 - smoothing) * targets + smoothing / 10
+    assert loss.item() == pytest.approx(soft_target_loss(logits, targets).item(), rel=1e-5)
+
+
+def test_mixup_with_lambda_1_is_the_identity(data, monkeypatch):
+    monkeypatch.setattr(torch.distributions.Beta, "sample", lambda *a: torch.tensor(1.0))
+    images, labels = torch.randn(8, 3, 32, 32), data.labels[:8]
+    mixed, targets = part2.mix_up(images, labels, 10, alpha=0.2)
+    assert torch.equal(mixed, images)
+    assert torch.equal(targets, F.one_hot(labels, 10).float())
+
+
+# ------------------------------------------------------------------- averaging
+
+
+def test_ema_with_decay_0_is_the_model(data):
+    assert training_with(data).average is None
+    averaged = training_with(data, ema=1e-12)
+    averaged.run_epoch()
+    assert torch.allclose(weights_of(averaged.average.module), weights_of(averaged.model), atol=1e-6)
+
+
+def test_ema_is_the_running_mean_written_out(data):
+    training = training_with(data, ema=0.7)
+    one_step(training)
+    expected = weights_of(training.model)  # the first step starts the average
+    for step in range(1, 4):
+        one_step(training, step)
+        expected = 0.7 * expected + 0.3 * weights_of(training.model)
+    assert torch.allclose(weights_of(training.average.module), expected, atol=1e-6)
+
+
+def test_ema_is_what_is_kept(data):
+    training = training_with(data, ema=0.9)
+    training.run_epoch()
+    kept = training.best["0.weight"]
+    assert torch.equal(kept, training.average.module[0].weight)
+    assert not torch.equal(kept, training.model[0].weight)
+
+
+@pytest.mark.parametrize("tta", ["flip", "shift"])
+def test_views_make_the_logits_of_a_mirror_image_the_same(data, tta):
+    settings, model = replace(SETTINGS, tta=tta), build_model(asdict(SETTINGS))
+    logits, mirrored = (
+        part2.predict(model, images, data, settings)
+        for images in (data.images, data.images.flip(2))
+    )
+    assert torch.allclose(logits, mirrored, atol=1e-5)
+    plain = part2.predict(model, data.images, data, SETTINGS)
+    assert not torch.allclose(logits, plain, atol=1e-3)
+
+
+def test_views_are_weighted_to_one_and_include_the_image():
+    for views in part2.VIEWS.values():
+        assert sum(view[3] for view in views) == 1
+        assert (0, 0, False) in [view[:3] for view in views]
+
+
+def test_an_ensemble_of_one_is_the_model():
+    assert isinstance(build_model(asdict(SETTINGS) | {"ensemble": 1}), nn.Sequential)
+    model = build_model(asdict(SETTINGS)).eval()
+    images = torch.randn(6, 3, 32, 32)
+    probs = part2.Ensemble([model]).eval()(images).softmax(1)
+    assert torch.allclose(probs, model(images).softmax(1), atol=1e-6)
+
+
+def test_an_ensemble_averages_probabilities_by_weight():
+    models = [build_model(asdict(SETTINGS)).eval() for _ in range(2)]
+    both, images = part2.Ensemble(models).eval(), torch.randn(6, 3, 32, 32)
+    both.weights.copy_(torch.tensor([0.25, 0.75]))
+    first, second = (model(images).softmax(1) for model in models)
+    assert torch.allclose(both(images).softmax(1), 0.25 * first + 0.75 * second, atol=1e-6)
+
+
+# ---------------------------------------------------------------- optimisation
+
+
+@pytest.mark.parametrize("shape", [(64, 216), (48, 48), (200, 30)])
+def test_orthogonalise_keeps_the_singular_vectors_and_evens_out_the_values(shape):
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.double)
+    u, _, vt = torch.linalg.svd(matrix, full_matrices=False)
+    inside = u.T @ part2.orthogonalise(matrix) @ vt.T
+    values = inside.diagonal()
+    assert (inside - values.diag()).abs().max() < 1e-9
+    assert values.max() < 1.3
+    # Three steps bring all but the smallest directions near 1; more steps bring those, too.
+    assert values.median() > 0.65
+    assert torch.linalg.svdvals(part2.orthogonalise(matrix, steps=10)).min() > 0.6
+
+
+def test_a_muon_step_moves_filters_by_an_orthogonal_matrix_and_fixes_their_norm():
+    weights = nn.Parameter(torch.randn(16, 8, 3, 3, generator=torch.Generator().manual_seed(1)))
+    before = weights.detach() * 4 / weights.detach().norm()  # sqrt(16)
+    weights.grad = torch.randn(16, 8, 3, 3, generator=torch.Generator().manual_seed(2))
+    part2.Muon([{"params": [weights], "lr": 0.1, "orthogonal": True, "momentum": 0.6}]).step()
+    update = (before - weights.detach()).flatten(1) / 0.1
+    gram = update @ update.T
+    assert torch.allclose(gram, torch.eye(16), atol=0.45)
+    assert torch.allclose(update, part2.orthogonalise(weights.grad.flatten(1)), atol=1e-4)
+
+
+def test_muon_steps_other_weights_as_torchs_nesterov_sgd():
+    ours, theirs = (nn.Parameter(torch.ones(5, 3)) for _ in range(2))
+    common = {"lr": 0.1, "momentum": 0.85, "weight_decay": 0.01}
+    steps = part2.Muon([{"params": [ours], **common}]), torch.optim.SGD([theirs], **common, nesterov=True)
+    for seed in range(4):
+        gradient = torch.randn(5, 3, generator=torch.Generator().manual_seed(seed))
+        for weights, optimizer in zip((ours, theirs), steps):
+            weights.grad = gradient.clone()
+            optimizer.step()
+    assert torch.allclose(ours, theirs, atol=1e-6)
+
+
+def rates_of(schedule, warmup_epochs=0.0, epochs=10, steps=10):
+    """Learning rate of each step, for a rate of 1."""
+    settings = replace(SETTINGS, schedule=schedule, warmup_epochs=warmup_epochs, epochs=epochs)
+    optimizer = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=1.0)
+    scheduler = part2.build_scheduler(optimizer, settings, steps)
+    rates = []
+    for _ in range(epochs * steps):
+        rates.append(scheduler.get_last_lr()[0])
+        optimizer.step()
+        scheduler.step()
+    return rates, scheduler.get_last_lr()[0]
+
+
+def test_schedules_at_their_knots():
+    rates, end = rates_of("none")
+    assert set(rates) == {1.0} and end == 1
+    rates, end = rates_of("step")
+    assert rates == [1.0] * 50 + [0.5] * 50 and end == 0.25
+    rates, end = rates_of("linear")
+    assert rates == pytest.approx([1 - i / 100 for i in range(100)]) and end == pytest.approx(0)
+    rates, end = rates_of("cosine")
+    expected = [(1 + math.cos(math.pi * i / 100)) / 2 for i in range(100)]
+    assert rates == pytest.approx(expected) and end == pytest.approx(0, abs=1e-9)
+
+
+@pytest.mark.parametrize("schedule", ["none", "step", "linear", "cosine"])
+def test_warmup_rises_evenly_to_the_full_rate_and_the_schedule_follows(schedule):
+    rates, end = rates_of(schedule, warmup_epochs=2.0)
+    assert rates[:20] == pytest.approx([(i + 1) / 21 for i in range(20)])
+    assert rates[20] == pytest.approx(1)
+    alone, _ = rates_of(schedule, epochs=8)
+    if schedule != "step":  # whose halvings are every five epochs after the warm-up
+        assert rates[20:] == pytest.approx(alone, abs=1e-9)
+        assert end == pytest.approx({"none": 1}.get(schedule, 0), abs=1e-9)
+
+
+def test_warmup_takes_at_most_half_of_the_steps():
+    rates, end = rates_of("linear", warmup_epochs=100.0, epochs=1, steps=10)
+    assert int(np.argmax(rates)) == 5 and end == pytest.approx(0)
+
+
+def test_gradient_norm_after_clipping(data):
+    free, clipped = (training_with(data, grad_clip=limit) for limit in (0.0, 0.05))
+    for training in (free, clipped):
+        one_step(training)
+    norms = [
+        torch.cat([p.grad.flatten() for p in training.model.parameters()]).norm().item()
+        for training in (free, clipped)
+    ]
+    assert norms[0] > 0.1 and norms[1] == pytest.approx(0.05, rel=1e-3)
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "adamw", "sgd"])
+def test_weight_decay_and_momentum_reach_the_optimiser(data, optimizer):
+    momentum = {"momentum": 0.8} if optimizer == "sgd" else {}
+    training = training_with(data, optimizer=optimizer, weight_decay=0.02, lr=0.3, **momentum)
+    group = training.optimizer.param_groups[0]
+    assert (group["weight_decay"], group["lr"]) == (0.02, 0.3)
+    assert type(training.optimizer).__name__.lower() == optimizer
+    assert optimizer != "sgd" or (group["momentum"], group["nesterov"]) == (0.8, True)
+
+
+# --------------------------------------------------------- networks and presets
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_parameter_counts(name):
+    model = build_model({"model": name, "dropout": 0.0, "ensemble": 1})
+    assert sum(p.numel() for p in model.parameters()) == PARAMETERS[name]
+
+
+def test_whitened_filters_decorrelate_the_patches():
+    generator = torch.Generator().manual_seed(0)
+    images = F.avg_pool2d(torch.randn(50, 3, 36, 36, generator=generator), 5, 1)  # correlated
+    conv = nn.Conv2d(3, 24, 2, bias=False)
+    part2.whiten(conv, images)
+    out = conv(images).detach().transpose(0, 1).flatten(1)
+    assert torch.allclose(out[:12], -out[12:], atol=1e-4)
+    covariance = out[:12] @ out[:12].T / out.shape[1]
+    off = covariance - covariance.diag().diag()
+    assert off.abs().max() < 0.02 and covariance.diag().max() < 1.01
+
+
+def test_strong_starts_by_passing_its_input_through():
+    conv = part2.identity_conv(5, 9)
+    images = torch.randn(2, 5, 8, 8)
+    assert torch.allclose(conv(images)[:, :5], images, atol=1e-6)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_train_and_only_use_what_is_there(data, preset):
+    settings = replace(SETTINGS, **PRESETS[preset] | {"epochs": 1, "batch_size": 25})
+    few = replace(data, images=data.images[:50], labels=data.labels[:50])
+    training = Training(settings, few)
+    training.run_epoch()
+    assert np.isfinite(training.history[0]["train_loss"])
+
+
+# ------------------------------------------------------------ the table of gains
+
+
+ROWS = [
+    {"preset": preset, "change": change, "value": value, "seed": seed, "dataset": dataset,
+     "test_accuracy": share, "train_seconds": "100"}
+    for preset, change, value, seed, dataset, share in [
+        ("baseline", "none", "", "0", "cifar10", "0.70"), ("baseline", "none", "", "1", "cifar10", "0.68"),
+        ("baseline", "dropout", "0.1", "0", "cifar10", "0.73"),
+        ("baseline", "dropout", "0.1", "1", "cifar10", "0.73"),
+        ("baseline", "optimizer lr", "sgd 0.05", "0", "cifar10", "0.69"),
+        ("baseline", "dropout", "0.1", "0", "digits", "0.99"),
+        ("strong", "none", "", "1", "cifar10", "0.94"), ("strong", "tta", "none", "1", "cifar10", "0.93"),
+        ("baseline", "cutout", "8", "7", "cifar10", "0.99"),  # no baseline with this seed
+    ]
+]  # fmt: skip
+
+
+def test_gains_are_over_the_baseline_of_the_same_seed():
+    gains = part2.measured_gains(ROWS)
+    assert [part2.flags_text(gain["change"]) for gain in gains] == [
+        "--preset strong", "--preset strong --tta none", "--dropout 0.1", "",
+        "--optimizer sgd --lr 0.05",
+    ]  # fmt: skip
+    dropout = gains[2]
+    assert dropout["points"] == pytest.approx(4) and dropout["accuracy"] == pytest.approx(73)
+    assert dropout["deviation"] == pytest.approx(math.sqrt(2)) and dropout["runs"] == 2
+    assert part2.gain_text(dropout) == "+4.0 +- 1.4" and part2.gain_text(gains[0]) == "+26.0"
+
+
+def test_suggestions_leave_out_what_the_run_has(capsys):
+    part2.suggest(replace(SETTINGS, dropout=0.1), part2.measured_gains(ROWS))
+    text = capsys.readouterr().out
+    assert "--preset strong" in text and "--optimizer sgd --lr 0.05" in text
+    assert "dropout" not in text and "--tta" not in text
+    part2.suggest(SETTINGS, [])
+    assert "tests/ablation.py" in capsys.readouterr().out
