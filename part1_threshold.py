@@ -15,6 +15,7 @@ plots 01_... to 05_...png into the output folder. README.md has the time it take
 
 import argparse
 import csv
+import re
 import sys
 import textwrap
 from dataclasses import asdict, dataclass, fields, replace
@@ -177,6 +178,8 @@ def _read_npz(path, *names):
 def _find_columns(path, present, wanted):
     if not present:
         raise UserError(f"{path} is empty: give a CSV file with a header, or an NPZ file")
+    if len(present) == 1 and (used := re.search(r"[;\t|]", present[0])):
+        raise UserError(f"{path} separates its columns by {used[0]!r}: separate them by commas")
     for name in wanted:
         if present.count(name) != 1:
             raise UserError(
@@ -1110,8 +1113,8 @@ def suggestions(summary):
 def parse_arguments(argv):
     parser = argparse.ArgumentParser(
         description="Find the decision threshold of a binary classifier.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False,
+    )  # fmt: skip
     share = number(0, 1, "()")
     add = parser.add_argument_group("simulated scores").add_argument
     add("--scenario", choices=SCENARIOS, default="balanced", help="score distributions")

@@ -1283,8 +1283,8 @@ def parse_arguments(argv):
     parser = argparse.ArgumentParser(
         description="Train a CNN on CIFAR-10 and report what it learned.",
         epilog=f"presets, as the options they stand for:\n{bundles}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+        formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+    )  # fmt: skip
     for option in fields(Settings):
         how = dict(option.metadata)
         how["help"] += f" (default: {option.default})"
@@ -1382,6 +1382,9 @@ def main(argv=None):
     check_combination(settings, given)
     check_output(last.parent)
     settings, reason = resolve(settings)
+    if checkpoint:
+        say(f"Going on with {last}, after {len(checkpoint['history'])} epochs.", "")
+        reason = reason if "device" in given else "as before"
     prepare_machine(torch.device(settings.device))
     data = load_data(settings.dataset, a.data_dir).to(settings.device)
     settings = replace(settings, dataset=data.key)
@@ -1429,7 +1432,7 @@ def introduce(settings, data, reason):
     say("", f"2. The network: {settings.model}, {parameters:,} parameters")
     tell(
         f"{settings.optimizer}, learning rate {settings.lr:g}, schedule {settings.schedule}, "
-        f"batches of {settings.batch_size}, {settings.epochs} epochs, seed {settings.seed}."
+        f"batches of {settings.batch_size}, epochs: {settings.epochs}, seed {settings.seed}."
     )
     say("", f"3. Training ({-(-len(rows) // settings.batch_size)} steps an epoch)")
 

@@ -6,9 +6,11 @@
 The sides: ``plain`` is torchvision transforms in a DataLoader with two workers,
 NCHW float32, conv-BatchNorm-ReLU-pool, and the same recipe otherwise; ``ours``
 is the baseline of part 2; ``torchvision`` is ours with torchvision's own random
-crop and flip, image by image; ``bfloat16`` and ``float32`` are ours in that
-precision. All train on the 50,000 images and are tested once, after the last
-epoch. Prints one line per run, then means and standard deviations.
+crop and flip, image by image; ``order`` is ours with the plain order of layers;
+``bfloat16`` and ``float32`` are ours in that precision. All train on the 50,000
+images and are tested once, after the last epoch. Prints one line per run, with the
+memory of its largest process and the number of the 64 hidden units that no test
+image makes fire, then means and standard deviations.
 """
 
 import argparse
@@ -24,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 
 def run_plain(data_dir, epochs, seed):
-    """What most people write; returns seconds of each epoch and the test accuracy."""
+    """What most people write; seconds of each epoch, test accuracy, dead hidden units."""
     import torch
     from torch import nn
     from torchvision import datasets, transforms
@@ -37,11 +39,7 @@ def run_plain(data_dir, epochs, seed):
             for train, steps in ((True, augment + scale), (False, scale))]  # fmt: skip
     train, test = (torch.utils.data.DataLoader(s, 128, shuffle=s is sets[0], num_workers=2)
                    for s in sets)  # fmt: skip
-    model = nn.Sequential(
-        nn.Conv2d(3, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(), nn.MaxPool2d(2),
-        nn.Conv2d(32, 64, 3, padding=1), nn.BatchNorm2d(64), nn.ReLU(), nn.MaxPool2d(2),
-        nn.Flatten(), nn.Linear(4096, 64), nn.ReLU(), nn.Dropout(0.5), nn.Linear(64, 10),
-    )  # fmt: skip
+    model = plain_network(0.5)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.001)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=5, gamma=0.5)
     seconds = []
@@ -54,10 +52,33 @@ def run_plain(data_dir, epochs, seed):
             optimizer.step()
         scheduler.step()
         seconds.append(time.perf_counter() - start)
+    return seconds, *tested(model, test)
+
+
+def plain_network(dropout):
+    """The baseline's layers in the usual order: pooling last."""
+    from torch import nn
+
+    return nn.Sequential(
+        nn.Conv2d(3, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Conv2d(32, 64, 3, padding=1), nn.BatchNorm2d(64), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Flatten(), nn.Linear(4096, 64), nn.ReLU(), nn.Dropout(dropout), nn.Linear(64, 10),
+    )  # fmt: skip
+
+
+def tested(model, batches):
+    """Accuracy, and how many units of the hidden layer never fire."""
+    import torch
+
     model.eval()
-    with torch.no_grad():
-        right = sum((model(images).argmax(1) == labels).sum().item() for images, labels in test)
-    return seconds, right / 10_000
+    right, n, fired = 0, 0, torch.zeros(64, dtype=torch.bool)
+    with torch.inference_mode():
+        for images, labels in batches:
+            hidden = model[:11](images)
+            right += (model[11:](hidden).argmax(1) == labels).sum().item()
+            fired |= (hidden > 0).any(0)
+            n += len(labels)
+    return right / n, 64 - fired.sum().item()
 
 
 def run_ours(data_dir, epochs, seed, side):
@@ -72,14 +93,19 @@ def run_ours(data_dir, epochs, seed, side):
     ))  # fmt: skip
     part2.prepare_machine(torch.device("cpu"))
     data = part2.load_cifar10(Path(data_dir))
+    if side == "order":
+        part2.small = plain_network
     training = part2.Training(settings, data)
     if side == "torchvision":
         training.load_batch = lambda drawn: torchvision_batch(part2, data, drawn["order"])
     for _ in range(epochs):
         training.run_epoch()
-    logits = part2.predict(training.model, data.test_images, data, settings)
-    seconds = [row["seconds"] for row in training.history]
-    return seconds, part2.accuracy(logits, data.test_labels)
+    batches = (
+        (part2.normalise(images, data.mean, data.std), labels)
+        for images, labels in zip(data.test_images.split(500), data.test_labels.split(500))
+    )
+    with part2.autocast(settings):
+        return [row["seconds"] for row in training.history], *tested(training.model, batches)
 
 
 def torchvision_batch(part2, data, order):
@@ -96,10 +122,11 @@ def torchvision_batch(part2, data, order):
 def child(side, data_dir, epochs, seed):
     """One run in this process; prints its result as JSON."""
     run = run_plain if side == "plain" else lambda *args: run_ours(*args, side)
-    seconds, accuracy = run(data_dir, epochs, seed)
+    seconds, accuracy, dead = run(data_dir, epochs, seed)
     peaks = (resource.getrusage(who).ru_maxrss
              for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))  # fmt: skip
-    print(json.dumps({"seconds": seconds, "accuracy": accuracy, "megabytes": max(peaks) / 1e3}))
+    print(json.dumps({"seconds": seconds, "accuracy": accuracy, "dead": dead,
+                      "megabytes": max(peaks) / 1e3}))  # fmt: skip
 
 
 def matmul_peak(dtype, size=2048, repeats=5):
@@ -146,7 +173,8 @@ def main():
     peak = matmul_peak(torch.float32)
     print(f"float32 matrix product {peak:.0f} GFLOP/s, {torch.get_num_threads()} threads, "
           f"torch {torch.__version__}")  # fmt: skip
-    print("side         seed  s/epoch  images/s  peak MB  test accuracy  share of peak", flush=True)
+    print("side         seed  s/epoch  images/s  peak MB  test accuracy  share of peak  dead",
+          flush=True)  # fmt: skip
     for seed in range(a.seeds):
         for side in sides:
             command = [sys.executable, __file__, "--child", side, "--seed", str(seed),
@@ -157,8 +185,8 @@ def main():
             pace = statistics.median(result["seconds"])
             share = flops_per_image() * 50_000 / pace / 1e9 / peak
             print(f"{side:<12} {seed:>4} {pace:>8.2f} {50_000 / pace:>9.0f} "
-                  f"{result['megabytes']:>8.0f} {result['accuracy']:>14.2%} {share:>14.0%}",
-                  flush=True)  # fmt: skip
+                  f"{result['megabytes']:>8.0f} {result['accuracy']:>14.2%} {share:>14.0%} "
+                  f"{result['dead']:>5}", flush=True)  # fmt: skip
     for side, runs in results.items():
         shares = [run["accuracy"] for run in runs]
         spread = f" +- {statistics.stdev(shares):.2%}" if len(shares) > 1 else ""

@@ -468,6 +468,7 @@ BAD = {  # case: content of a CSV or NPZ file, further arguments, what the error
     "an image": ("csv", b"\x89PNG\r\n\x1a\n\x00\x00\xff\xfe", [], ["CSV"]),
     "open quote": ("csv", HEAD + b'1,"0.3\n0,0.4\n', [], ["CSV"]),
     "text as NPZ": ("npz", b"no archive", [], ["NPZ"]),
+    "semicolons": ("csv", b"y_true;y_score\n1;0.3\n", [], ["';'", "commas"]),
     "no column": ("csv", b"label,y_score\n1,0.3\n", [], ["y_true", "label"]),
     "no array": ("npz", {"label": [0, 1], "y_score": [0.1, 0.2]}, [], ["y_true", "label"]),
     "two columns": ("csv", b"y_true,y_score,y_score\n1,0.3,0.4\n", [], ["y_score"]),
