@@ -2,15 +2,18 @@
 
     python tests/bench_part2.py --data-dir data                one seed, 10 epochs
     python tests/bench_part2.py --data-dir data --sides ours,torchvision --seeds 5
+    python tests/bench_part2.py --data-dir data --profile              where our time goes
 
 The sides: ``plain`` is torchvision transforms in a DataLoader with two workers,
 NCHW float32, conv-BatchNorm-ReLU-pool, and the same recipe otherwise; ``ours``
 is the baseline of part 2; ``torchvision`` is ours with torchvision's own random
 crop and flip, image by image; ``order`` is ours with the plain order of layers;
-``bfloat16`` and ``float32`` are ours in that precision. All train on the 50,000
-images and are tested once, after the last epoch. Prints one line per run, with the
-memory of its largest process and the number of the 64 hidden units that no test
-image makes fire, then means and standard deviations.
+``bfloat16`` and ``float32`` are ours in that precision, and ``rounded`` is ours in
+float32 with the numbers rounded that autocast would hold in bfloat16, to learn on
+any machine what that does to the accuracy. All train on the 50,000 images and are
+tested once, after the last epoch. Prints one line per run, with the memory of its
+largest process and the number of the 64 hidden units that no test image makes fire,
+then means and standard deviations.
 """
 
 import argparse
@@ -81,23 +84,30 @@ def tested(model, batches):
     return right / n, 64 - fired.sum().item()
 
 
-def run_ours(data_dir, epochs, seed, side):
-    """The baseline of part 2, or a variant of it; the same return values."""
+def prepare_ours(data_dir, **options):
+    """The script as a module, the baseline's settings on this processor, and CIFAR-10."""
     import torch
 
     import part2_cifar_cnn as part2
 
     settings, _ = part2.resolve(part2.Settings(
-        dataset="cifar10", device="cpu", epochs=epochs, seed=seed, select_on="last",
-        precision=side if side in ("float32", "bfloat16") else "auto",
+        dataset="cifar10", device="cpu", select_on="last", **options
     ))  # fmt: skip
     part2.prepare_machine(torch.device("cpu"))
-    data = part2.load_cifar10(Path(data_dir))
+    return part2, settings, part2.load_cifar10(Path(data_dir))
+
+
+def run_ours(data_dir, epochs, seed, side):
+    """The baseline of part 2, or a variant of it; the same return values."""
+    precision = {"bfloat16": "bfloat16", "float32": "float32", "rounded": "float32"}.get(side, "auto")
+    part2, settings, data = prepare_ours(data_dir, epochs=epochs, seed=seed, precision=precision)
     if side == "order":
         part2.small = plain_network
     training = part2.Training(settings, data)
     if side == "torchvision":
         training.load_batch = lambda drawn: torchvision_batch(part2, data, drawn["order"])
+    if side == "rounded":
+        round_to_bfloat16(training.model)
     for _ in range(epochs):
         training.run_epoch()
     batches = (
@@ -106,6 +116,33 @@ def run_ours(data_dir, epochs, seed, side):
     )
     with part2.autocast(settings):
         return [row["seconds"] for row in training.history], *tested(training.model, batches)
+
+
+def round_to_bfloat16(model):
+    """Round operands, results and gradients of the layers as autocast does."""
+    import torch
+    from torch import nn
+    from torch.nn.utils.parametrize import register_parametrization
+
+    class Round(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, values):
+            return values.bfloat16().float()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return gradient.bfloat16().float()
+
+    class Rounded(nn.Module):
+        def forward(self, values):
+            return Round.apply(values)
+
+    for layer in model:
+        layer.register_forward_pre_hook(lambda layer, inputs: (Round.apply(inputs[0]),))
+        if isinstance(layer, (nn.Conv2d, nn.Linear)):
+            for name in ("weight", "bias"):
+                register_parametrization(layer, name, Rounded())
+    model[-1].register_forward_hook(lambda layer, inputs, output: Round.apply(output))
 
 
 def torchvision_batch(part2, data, order):
@@ -117,6 +154,21 @@ def torchvision_batch(part2, data, order):
     images = data.images[order].permute(0, 3, 1, 2)
     images = torch.stack([augment(image) for image in images]).permute(0, 2, 3, 1)
     return part2.normalise(images, data.mean, data.std), data.labels[order]
+
+
+def profile(data_dir, steps=50):
+    """Print the operations that our training steps spend their time in."""
+    from dataclasses import replace
+
+    import torch
+
+    part2, settings, data = prepare_ours(data_dir)
+    n = steps * settings.batch_size
+    training = part2.Training(settings, replace(data, images=data.images[:n], labels=data.labels[:n]))
+    training.train(1, [])  # warm
+    with torch.profiler.profile() as profiler:
+        training.train(2, [])
+    print(profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=14))
 
 
 def child(side, data_dir, epochs, seed):
@@ -161,9 +213,12 @@ def main():
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--sides", default="plain,ours")
+    parser.add_argument("--profile", action="store_true")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--seed", type=int, help=argparse.SUPPRESS)
     a = parser.parse_args()
+    if a.profile:
+        return profile(a.data_dir)
     if a.child:
         return child(a.child, a.data_dir, a.epochs, a.seed)
     import torch

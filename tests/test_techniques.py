@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import bench_part2
 import part2_cifar_cnn as part2
 from part2_cifar_cnn import PRESETS, Settings, Training, build_model, draw_epoch
 
@@ -30,10 +31,10 @@ def training_with(data, **options):
     return Training(replace(SETTINGS, **options), data)
 
 
-def one_step(training, seed=0):
+def one_step(training, seed=0, n=50):
     """Take one step on the first images; images, labels, logits and loss."""
-    images = part2.normalise(training.data.images[:50], training.data.mean, training.data.std)
-    labels = training.data.labels[:50]
+    images = part2.normalise(training.data.images[:n], training.data.mean, training.data.std)
+    labels = training.data.labels[:n]
     torch.manual_seed(seed)
     return images, labels, *training.take_step(images, labels)
 
@@ -180,6 +181,22 @@ def test_an_ensemble_averages_probabilities_by_weight():
     both.weights.copy_(torch.tensor([0.25, 0.75]))
     first, second = (model(images).softmax(1) for model in models)
     assert torch.allclose(both(images).softmax(1), 0.25 * first + 0.75 * second, atol=1e-6)
+
+
+# ------------------------------------------------------------------- precision
+
+
+def test_the_bench_rounds_as_autocast_to_bfloat16_does(data):
+    logits, gradients = [], []
+    for precision in ("bfloat16", "float32"):
+        training = training_with(data, precision=precision, dropout=0.0)
+        if precision == "float32":
+            bench_part2.round_to_bfloat16(training.model)
+        logits.append(one_step(training, n=8)[2])
+        weights = [p for p in training.optimizer.param_groups[0]["params"] if p.ndim > 1]
+        gradients.append(torch.cat([p.grad.flatten() for p in weights]))
+    assert torch.allclose(*logits, atol=1e-3)
+    assert (gradients[0] - gradients[1]).norm() < 0.02 * gradients[0].norm()
 
 
 # ---------------------------------------------------------------- optimisation
