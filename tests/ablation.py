@@ -1,7 +1,7 @@
 """What each flag of part 2 buys, measured: one row of a table for each run.
 
     python tests/ablation.py --data-dir data                          every run, for days
-    python tests/ablation.py --data-dir data --presets strong --changes none --seeds 0,1
+    python tests/ablation.py --data-dir data --presets strong --changes none --seeds 0
     python tests/ablation.py --report                                 table and plot only
 
 Each run trains on all training images, keeps its last epoch and is tested once. Its row is
@@ -20,7 +20,9 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import part2_cifar_cnn as part2
-from utils import BLUE, ORANGE, command, load_pyplot, output_folder, save_figure, say, write_csv
+from utils import (
+    BLUE, ORANGE, Interrupted, command, load_pyplot, output_folder, save_figure, say, write_csv,
+)  # fmt: skip
 
 # What is changed, one thing at a time; lr and momentum go with the optimiser they suit.
 CHANGES = {
@@ -69,7 +71,10 @@ def run(settings, data, folder):
     checkpoint = None
     if (folder / "last.pt").exists():
         checkpoint, _ = part2.read_last(folder / "last.pt", {})
-    histories = part2.train_members(settings, data, output_folder(folder), checkpoint)
+    try:
+        histories = part2.train_members(settings, data, output_folder(folder), checkpoint)
+    except KeyboardInterrupt:
+        raise Interrupted("what is trained is saved; the same command goes on") from None
     metrics, _ = part2.measure_kept(folder, data, settings, histories)
     return metrics["test_accuracy"], metrics["train_seconds"]
 
@@ -130,17 +135,16 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data-dir", type=Path, default=Path("data"))
     parser.add_argument("--dataset", default="cifar10", choices=("cifar10", "digits"))
-    parser.add_argument("--presets", default=",".join(CHANGES))
-    parser.add_argument("--changes", help="only these, as in the column of that name")
-    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--presets", nargs="+", default=list(CHANGES), choices=CHANGES)
+    parser.add_argument("--changes", nargs="+", help="only these, as in the column of that name")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--table", type=Path, default=part2.ABLATION)
     parser.add_argument("--report", action="store_true", help="table and plot only")
     a = parser.parse_args(argv)
     runs = [
-        (int(seed), preset, change)
-        for seed in a.seeds.split(",") for preset in a.presets.split(",")
-        for change in CHANGES[preset]
-        if not a.changes or (" ".join(change) or "none") in a.changes.split(",")
+        (seed, preset, change)
+        for seed in a.seeds for preset in a.presets for change in CHANGES[preset]
+        if not a.changes or (" ".join(change) or "none") in a.changes
     ]  # fmt: skip
     if not a.report:
         measure(runs, a)
@@ -150,10 +154,10 @@ def main(argv=None):
 def measure(runs, a):
     """Make the runs that have no row yet, and add a row for each."""
     output_folder(a.table.parent)
-    data, rows = None, part2.read_table(a.table)
+    data = None
     for seed, preset, change in runs:
         name = name_of(preset, change, seed) | {"dataset": a.dataset}
-        if any(name.items() <= row.items() for row in rows):
+        if any(name.items() <= row.items() for row in part2.read_table(a.table)):
             continue
         settings = settings_of(preset, change, seed, a.dataset)
         if data is None:
@@ -162,10 +166,10 @@ def measure(runs, a):
         say(f"{preset}, {name['change']} {name['value']}, seed {seed}")
         folder = checkpoints_of(settings, a.table.parent.with_name(a.table.parent.name + "-runs"))
         share, seconds = run(settings, data, folder)
-        rows.append(name | {
-            "epochs": str(settings.epochs), "parameters": str(part2.count_parameters(settings)),
-            "test_accuracy": str(share), "train_seconds": f"{seconds:.1f}",
-        })  # fmt: skip
+        rows = [*part2.read_table(a.table), name | {
+            "epochs": settings.epochs, "parameters": part2.count_parameters(settings),
+            "test_accuracy": share, "train_seconds": round(seconds, 1),
+        }]  # fmt: skip
         write_csv(a.table, {key: [row[key] for row in rows] for key in rows[0]})
         say(f"  test accuracy {share:.2%} after {seconds:.0f} s")
 

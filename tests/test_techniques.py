@@ -2,6 +2,7 @@
 
 import copy
 import math
+import signal
 from dataclasses import asdict, replace
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import ablation
 import bench_part2
 import part2_cifar_cnn as part2
 from part2_cifar_cnn import PRESETS, Settings, Training, build_model, draw_epoch
@@ -373,3 +375,46 @@ def test_suggestions_leave_out_what_the_run_has(capsys):
     assert "dropout" not in text and "--tta" not in text
     part2.suggest(SETTINGS, [])
     assert "tests/ablation.py" in capsys.readouterr().out
+
+
+def test_the_table_gets_one_row_a_run_and_no_run_twice(data, monkeypatch, tmp_path):
+    monkeypatch.setattr(part2, "load_data", lambda *a: replace(data, key="digits"))
+    table, trained = tmp_path / "ablation" / "results.csv", []
+    epoch = Training.run_epoch
+    monkeypatch.setattr(Training, "run_epoch", lambda self, *a: (trained.append(self), epoch(self, *a)))
+    options = ["--dataset", "digits", "--table", str(table), "--presets", "baseline", "--seeds", "0"]
+    assert ablation.main([*options, "--changes", "none"]) == 0
+    assert len(trained) == 10
+    assert ablation.main([*options, "--changes", "none", "tta"]) == 0
+    rows = part2.read_table(table)
+    assert [(row["change"], row["value"]) for row in rows] == [
+        ("none", ""), ("tta", "flip"), ("tta", "shift"),
+    ]  # fmt: skip
+    assert len(trained) == 10  # other views of the test images need no new training
+    assert list(rows[0]) == (
+        "preset change value seed dataset epochs parameters test_accuracy train_seconds".split()
+    )
+    assert (rows[0]["epochs"], rows[0]["parameters"]) == ("10", "282442")
+    assert ablation.main(options[:4] + ["--report"]) == 0
+
+
+def test_a_stopped_run_of_the_table_goes_on(data, monkeypatch, tmp_path):
+    monkeypatch.setattr(part2, "load_data", lambda *a: replace(data, key="digits"))
+    options = ["--dataset", "digits", "--presets", "baseline", "--changes", "none", "--seeds", "0"]
+    assert ablation.main([*options, "--table", str(tmp_path / "whole" / "results.csv")]) == 0
+    take, calls = Training.take_step, []
+
+    def stop_once(self, *batch):
+        calls.append(self)
+        if len(calls) == 2 * 3 + 1:  # in the fourth epoch of two steps each
+            signal.raise_signal(signal.SIGINT)
+        return take(self, *batch)
+
+    monkeypatch.setattr(Training, "take_step", stop_once)
+    table = tmp_path / "cut" / "results.csv"
+    assert ablation.main([*options, "--table", str(table)]) == 130 and not table.exists()
+    assert ablation.main([*options, "--table", str(table)]) == 0
+    assert len(calls) == 2 * 10 + 1  # only the step of the epoch that was cut is made twice
+    shares = [part2.read_table(path)[0]["test_accuracy"]
+              for path in (table, tmp_path / "whole" / "results.csv")]  # fmt: skip
+    assert shares[0] == shares[1]
