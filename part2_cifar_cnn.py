@@ -990,6 +990,7 @@ def measure_kept(folder, data, settings, histories):
     seconds = sum(row["seconds"] for history in histories for row in history)
     kept = [kept_epoch(history, settings.select_on) for history in histories]
     return {
+        "parameters": count_parameters(model),
         "best_epoch": kept[0] if len(kept) == 1 else kept,
         **{f"{split}_accuracy": found.get(split) for split in ("train", "val", "test")},
         "test_accuracy_interval": wilson(found["test"], len(right)),
@@ -1428,7 +1429,7 @@ def introduce(settings, data, reason):
     )
     if not data.mirror and (settings.flip, settings.tta) != ("none", "none"):
         tell(f"Mirrored {data.name} are others: --flip and mirrored --tta views are left out.")
-    parameters = count_parameters(settings)
+    parameters = count_parameters(build_model(asdict(settings)))
     say("", f"2. The network: {settings.model}, {parameters:,} parameters")
     tell(
         f"{settings.optimizer}, learning rate {settings.lr:g}, schedule {settings.schedule}, "
@@ -1437,16 +1438,15 @@ def introduce(settings, data, reason):
     say("", f"3. Training ({-(-len(rows) // settings.batch_size)} steps an epoch)")
 
 
-def count_parameters(settings):
+def count_parameters(model):
     """Number of weights and biases of the network, or of all those of an ensemble."""
-    return sum(p.numel() for p in build_model(asdict(settings)).parameters())
+    return sum(p.numel() for p in model.parameters())
 
 
 def save_results(folder, settings, metrics, data, probs):
     """metrics.json, and test_scores.csv: label and class probabilities of each image."""
     keys = ("dataset", "preset", "seed", "device", "precision", "epochs", "select_on")
     described = {key: getattr(settings, key) for key in keys}
-    described["parameters"] = count_parameters(settings)
     write_json(folder / "metrics.json", described | metrics)
     labels = [data.classes[label] for label in data.test_labels.tolist()]
     columns = {name: probs[:, i].astype(str) for i, name in enumerate(data.classes)}

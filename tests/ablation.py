@@ -67,7 +67,7 @@ def name_of(preset, change, seed):
 
 
 def run(settings, data, folder):
-    """Train, or go on, or only test where the training is done; test accuracy and seconds."""
+    """Train, or go on, or only test where the training is done; what metrics.json would hold."""
     checkpoint = None
     if (folder / "last.pt").exists():
         checkpoint, _ = part2.read_last(folder / "last.pt", {})
@@ -76,7 +76,7 @@ def run(settings, data, folder):
     except KeyboardInterrupt:
         raise Interrupted("what is trained is saved; the same command goes on") from None
     metrics, _ = part2.measure_kept(folder, data, settings, histories)
-    return metrics["test_accuracy"], metrics["train_seconds"]
+    return metrics
 
 
 def checkpoints_of(settings, runs):
@@ -165,9 +165,10 @@ def measure(runs, a):
             data = part2.load_data(a.dataset, a.data_dir).to(settings.device)
         say(f"{preset}, {name['change']} {name['value']}, seed {seed}")
         folder = checkpoints_of(settings, a.table.parent.with_name(a.table.parent.name + "-runs"))
-        share, seconds = run(settings, data, folder)
+        metrics = run(settings, data, folder)
+        share, seconds = metrics["test_accuracy"], metrics["train_seconds"]
         rows = [*part2.read_table(a.table), name | {
-            "epochs": settings.epochs, "parameters": part2.count_parameters(settings),
+            "epochs": settings.epochs, "parameters": metrics["parameters"],
             "test_accuracy": share, "train_seconds": round(seconds, 1),
         }]  # fmt: skip
         write_csv(a.table, {key: [row[key] for row in rows] for key in rows[0]})
