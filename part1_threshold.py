@@ -135,7 +135,12 @@ def _read_csv(path, *names):
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
             reader = csv.reader(file, strict=True)
-            a, b = _find_columns(path, next(reader, []), names)
+            header = next(reader, [])
+            if len(header) == 1 and (used := re.search(r"[;\t|]", header[0])):
+                raise UserError(
+                    f"{path} separates its columns by {used[0]!r}: separate them by commas"
+                )
+            a, b = _find_columns(path, header, names)
             for row in filter(None, reader):
                 labels.append(row[a])
                 scores.append(float(row[b]))
@@ -178,8 +183,6 @@ def _read_npz(path, *names):
 def _find_columns(path, present, wanted):
     if not present:
         raise UserError(f"{path} is empty: give a CSV file with a header, or an NPZ file")
-    if len(present) == 1 and (used := re.search(r"[;\t|]", present[0])):
-        raise UserError(f"{path} separates its columns by {used[0]!r}: separate them by commas")
     for name in wanted:
         if present.count(name) != 1:
             raise UserError(

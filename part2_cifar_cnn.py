@@ -1032,15 +1032,26 @@ def second_look(labels, probs, pair, margin=0.2):
 # ------------------------------------------------------------------------ report
 
 ABLATION = Path(__file__).resolve().parent / "outputs" / "ablation" / "results.csv"
+COLUMNS = ("preset", "change", "value", "seed", "dataset", "epochs", "parameters",
+           "test_accuracy", "train_seconds")  # fmt: skip
 
 
 def read_table(path=ABLATION):
-    """Rows of the table that tests/ablation.py fills, as dicts of text; [] if there is none."""
+    """Rows of the table that tests/ablation.py fills, as dicts; [] if there is none.
+
+    Raises
+    ------
+    UserError
+        If it cannot be read, or is not such a table.
+    """
     try:
-        with open(path, newline="") as file:
-            return list(csv.DictReader(file))
-    except OSError:
+        with open(path, newline="", encoding="utf-8") as file:
+            rows = [{key: row[key] for key in COLUMNS} for row in csv.DictReader(file)]
+        return [row | {key: float(row[key]) for key in COLUMNS[-2:]} for row in rows]
+    except FileNotFoundError:
         return []
+    except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
+        raise UserError(f"{path} is not the table of gains ({error!r}): restore it") from error
 
 
 def measured_gains(rows):
@@ -1056,14 +1067,14 @@ def measured_gains(rows):
     list of dict, the largest gain first
         ``change`` (the settings, as text), ``runs``, ``accuracy`` and ``points`` (means,
         the latter of the gain over the baseline with the same seed; both in percent),
-        ``deviation`` (of the points; NaN for one run) and ``seconds`` of training (mean).
+        ``deviation`` (of the points; NaN for one run) and ``seconds`` of training (median).
     """
     runs = {}  # of each change: accuracy and seconds by seed
     for row in rows:
         change = dict(zip(row["change"].split(), row["value"].split()))
         if row["preset"] != "baseline":
             change = {"preset": row["preset"]} | change
-        found = 100 * float(row["test_accuracy"]), float(row["train_seconds"])
+        found = 100 * row["test_accuracy"], row["train_seconds"]
         if row["dataset"] == "cifar10":
             runs.setdefault(tuple(change.items()), {})[row["seed"]] = found
     base, gains = runs.get((), {}), []
@@ -1073,7 +1084,7 @@ def measured_gains(rows):
             points = accuracy - [base[seed][0] for seed in seeds]
             gains.append({
                 "change": dict(change), "runs": len(seeds), "accuracy": accuracy.mean(),
-                "points": points.mean(), "seconds": seconds.mean(),
+                "points": points.mean(), "seconds": np.median(seconds),
                 "deviation": points.std(ddof=1) if len(seeds) > 1 else math.nan,
             })  # fmt: skip
     return sorted(gains, key=lambda gain: -gain["points"])
@@ -1109,23 +1120,42 @@ def report(settings, metrics, data, probs):
     for pair in confused_pairs(labels, preds, len(data.classes)):
         tell(pair_text(pair, data.classes, *second_look(labels, probs, pair)))
     say("", "7. What to try next, in this order")
-    suggest(settings, measured_gains(read_table()))
+    try:
+        suggest(settings, measured_gains(read_table()))
+    except UserError as error:  # the results are not yet saved
+        tell(f"{error}.")
 
 
 def suggest(settings, gains, most=10):
-    """Print the presets and changes that bought most, without those this run already has."""
-    now = {key: str(value) for key, value in asdict(settings).items()}
-    gains = [
-        gain for gain in gains
-        if not gain["change"].items() <= now.items()
-        and (len(gain["change"]) == 1 or "preset" not in gain["change"])
-    ][:most]  # fmt: skip
-    if not gains:
-        return tell("Nothing is measured yet: run tests/ablation.py, which fills the table.")
-    tell("Points of test accuracy that each added to the baseline on CIFAR-10, the deviation "
-         "over the seeds, and seconds of training (outputs/ablation/results.csv).")  # fmt: skip
-    for i, gain in enumerate(gains, 1):
+    """Print the changes that bought most and that this run does not have."""
+    offered = [gain for gain in gains if is_news(gain, settings, gains)][:most]
+    if not offered:
+        return tell("Of what was measured (tests/ablation.py), nothing is better than this run.")
+    tell("Points of test accuracy that each added to the baseline on CIFAR-10 (all 50,000 images "
+         "train), their deviation over the seeds (none for one seed), and seconds of training on "
+         "two CPU cores; from outputs/ablation/results.csv.")  # fmt: skip
+    for i, gain in enumerate(offered, 1):
         say(f"  {i:>2}. {gain_text(gain):<12} {gain['seconds']:>6.0f} s  {flags_text(gain['change'])}")
+
+
+def is_news(gain, settings, gains):
+    """Whether a change is one that the run lacks, and that may be expected to help it.
+
+    That is a better preset for any run, and a change of the baseline for a baseline.
+    """
+    now = {key: str(value) for key, value in asdict(settings).items()}
+
+    def has(change):
+        return all(
+            now[key] == value or key in ("epochs", "ensemble") and float(now[key]) > float(value)
+            for key, value in change.items()
+        )
+
+    change, points = gain["change"], gain["points"]
+    if "preset" in change:
+        mine = max((other["points"] for other in gains if has(other["change"])), default=0)
+        return len(change) == 1 and points > mine
+    return settings.preset == "baseline" and points > 0 and not has(change)
 
 
 def gap_text(train, test):
@@ -1383,15 +1413,15 @@ def main(argv=None):
     check_combination(settings, given)
     check_output(last.parent)
     settings, reason = resolve(settings)
-    if checkpoint:
-        say(f"Going on with {last}, after {len(checkpoint['history'])} epochs.", "")
-        reason = reason if "device" in given else "as before"
     prepare_machine(torch.device(settings.device))
     data = load_data(settings.dataset, a.data_dir).to(settings.device)
     settings = replace(settings, dataset=data.key)
     if checkpoint and tuple(checkpoint["classes"]) != data.classes:
         raise UserError(f"{last} is for other classes than {data.name}: start afresh")
     folder = output_folder(last.parent if checkpoint else a.output_dir or default_folder(settings))
+    if checkpoint:
+        reason = reason if "device" in given else "as before"
+        say(f"Going on with {last}; epochs that are done: {epochs_of(checkpoint)}", "")
     introduce(settings, data, reason)
     try:
         histories = train_members(settings, data, folder, checkpoint)
@@ -1401,6 +1431,11 @@ def main(argv=None):
         again += ["--output-dir", str(folder)] * (not a.output_dir) + ["--resume"] * (not a.resume)
         command = shlex.join(["python", "part2_cifar_cnn.py", *again])
         raise Interrupted(f"{stop or 'go on with'}: {command}") from None
+
+
+def epochs_of(checkpoint):
+    """Epochs of all networks that last.pt holds."""
+    return sum(len(part["history"]) for part in [*checkpoint["members"], checkpoint])
 
 
 def finish(folder, settings, data, histories, show):

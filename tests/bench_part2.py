@@ -1,7 +1,7 @@
 """Part 2 against the plain way of writing it, in turn, each in a process of its own.
 
     python tests/bench_part2.py --data-dir data                one seed, 10 epochs
-    python tests/bench_part2.py --data-dir data --sides ours,torchvision --seeds 5
+    python tests/bench_part2.py --data-dir data --sides ours torchvision --seeds 5
     python tests/bench_part2.py --data-dir data --profile              where our time goes
 
 The sides: ``plain`` is torchvision transforms in a DataLoader with two workers,
@@ -26,6 +26,8 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+
+SIDES = ("plain", "ours", "torchvision", "order", "float32", "bfloat16", "rounded")
 
 
 def run_plain(data_dir, epochs, seed):
@@ -212,7 +214,7 @@ def main():
     parser.add_argument("--data-dir", required=True)
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--sides", default="plain,ours")
+    parser.add_argument("--sides", nargs="+", default=["plain", "ours"], choices=SIDES)
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--seed", type=int, help=argparse.SUPPRESS)
@@ -223,15 +225,14 @@ def main():
         return child(a.child, a.data_dir, a.epochs, a.seed)
     import torch
 
-    sides = a.sides.split(",")
-    results = {side: [] for side in sides}
+    results = {side: [] for side in a.sides}
     peak = matmul_peak(torch.float32)
     print(f"float32 matrix product {peak:.0f} GFLOP/s, {torch.get_num_threads()} threads, "
           f"torch {torch.__version__}")  # fmt: skip
     print("side         seed  s/epoch  images/s  peak MB  test accuracy  share of peak  dead",
           flush=True)  # fmt: skip
     for seed in range(a.seeds):
-        for side in sides:
+        for side in a.sides:
             command = [sys.executable, __file__, "--child", side, "--seed", str(seed),
                        "--data-dir", a.data_dir, "--epochs", str(a.epochs)]  # fmt: skip
             out = subprocess.run(command, capture_output=True, text=True, check=True).stdout

@@ -469,6 +469,8 @@ BAD = {  # case: content of a CSV or NPZ file, further arguments, what the error
     "open quote": ("csv", HEAD + b'1,"0.3\n0,0.4\n', [], ["CSV"]),
     "text as NPZ": ("npz", b"no archive", [], ["NPZ"]),
     "semicolons": ("csv", b"y_true;y_score\n1;0.3\n", [], ["';'", "commas"]),
+    "tabs": ("csv", b"y_true\ty_score\n1\t0.3\n", [], ["\\t", "commas"]),
+    "bars": ("csv", b"y_true|y_score\n1|0.3\n", [], ["'|'", "commas"]),
     "no column": ("csv", b"label,y_score\n1,0.3\n", [], ["y_true", "label"]),
     "no array": ("npz", {"label": [0, 1], "y_score": [0.1, 0.2]}, [], ["y_true", "label"]),
     "two columns": ("csv", b"y_true,y_score,y_score\n1,0.3,0.4\n", [], ["y_score"]),

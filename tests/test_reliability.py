@@ -898,7 +898,7 @@ WRONG = (
     "--epochs 0|--epochs -1|--epochs 1.5|--epochs many|--batch-size 0|--batch-size -8|--lr 0|"
     "--lr -1|--lr nan|--lr inf|--lr fast|--dropout 1|--dropout -0.1|--dropout nan|--seed -1|"
     "--device nonsense|--device meta|--device hpu|--device cuda:99|--precision float16|"
-    "--select-on train|--dataset mnist|--unheard-of|stray"
+    "--select-on train|--dataset mnist|--unheard-of|--see 1|stray"
 ).split("|") + [
     f"--seed 1{'0' * 400}", f"--epochs {'9' * 5000}", "--output-dir a-file",
 ]  # fmt: skip
