@@ -7,7 +7,8 @@
 The sides: ``plain`` is torchvision transforms in a DataLoader with two workers,
 NCHW float32, conv-BatchNorm-ReLU-pool, and the same recipe otherwise; ``ours``
 is the baseline of part 2; ``torchvision`` is ours with torchvision's own random
-crop and flip, image by image; ``order`` is ours with the plain order of layers;
+crop and flip, image by image; ``order`` is ours with the plain order of layers, and
+``warmup`` is ours with a learning rate that rises for two epochs;
 ``bfloat16`` and ``float32`` are ours in that precision, and ``rounded`` is ours in
 float32 with the numbers rounded that autocast would hold in bfloat16, to learn on
 any machine what that does to the accuracy. All train on the 50,000 images and are
@@ -27,7 +28,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-SIDES = ("plain", "ours", "torchvision", "order", "float32", "bfloat16", "rounded")
+SIDES = ("plain", "ours", "torchvision", "order", "warmup", "float32", "bfloat16", "rounded")
 
 
 def run_plain(data_dir, epochs, seed):
@@ -101,8 +102,11 @@ def prepare_ours(data_dir, **options):
 
 def run_ours(data_dir, epochs, seed, side):
     """The baseline of part 2, or a variant of it; the same return values."""
-    precision = {"bfloat16": "bfloat16", "float32": "float32", "rounded": "float32"}.get(side, "auto")
-    part2, settings, data = prepare_ours(data_dir, epochs=epochs, seed=seed, precision=precision)
+    options = {
+        "bfloat16": {"precision": "bfloat16"}, "float32": {"precision": "float32"},
+        "rounded": {"precision": "float32"}, "warmup": {"warmup_epochs": 2.0},
+    }.get(side, {})  # fmt: skip
+    part2, settings, data = prepare_ours(data_dir, epochs=epochs, seed=seed, **options)
     if side == "order":
         part2.small = plain_network
     training = part2.Training(settings, data)

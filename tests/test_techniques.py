@@ -456,6 +456,12 @@ def test_the_report_of_the_table_has_each_change_and_a_plot(tmp_path, capsys):
     assert imread(tmp_path / "accuracy_vs_seconds.png").std() > 0.01
 
 
+def test_the_summary_shows_the_committed_table():
+    lines = ablation.table_of(part2.measured_gains(part2.read_table()))
+    summary = (ablation.Path(part2.__file__).parent / "SUMMARY.md").read_text(encoding="utf-8")
+    assert len(lines) > 10 and "\n".join(lines) in summary
+
+
 def test_the_table_gets_one_row_a_run_and_no_run_twice(data, monkeypatch, tmp_path):
     monkeypatch.setattr(part2, "load_data", lambda *a: replace(data, key="digits"))
     table, trained = tmp_path / "ablation" / "results.csv", []
