@@ -1128,7 +1128,8 @@ def report(settings, metrics, data, probs):
 
 def suggest(settings, gains, most=10):
     """Print the changes that bought most and that this run does not have."""
-    offered = [gain for gain in gains if is_news(gain, settings, gains)][:most]
+    mine = max((gain["points"] for gain in gains if has(settings, gain["change"])), default=0)
+    offered = [gain for gain in gains if is_news(gain, settings, mine)][:most]
     if not offered:
         return tell("Of what was measured (tests/ablation.py), nothing is better than this run.")
     tell("Points of test accuracy that each added to the baseline on CIFAR-10 (all 50,000 images "
@@ -1138,24 +1139,25 @@ def suggest(settings, gains, most=10):
         say(f"  {i:>2}. {gain_text(gain):<12} {gain['seconds']:>6.0f} s  {flags_text(gain['change'])}")
 
 
-def is_news(gain, settings, gains):
+def has(settings, change):
+    """Whether a run has all settings of a change, or more epochs or networks than it."""
+    return all(
+        str(now := getattr(settings, key, None)) == value
+        or key in ("epochs", "ensemble") and now > float(value)
+        for key, value in change.items()
+    )
+
+
+def is_news(gain, settings, mine):
     """Whether a change is one that the run lacks, and that may be expected to help it.
 
-    That is a better preset for any run, and a change of the baseline for a baseline.
+    That is a change of the baseline for a baseline, and for any run a preset that bought
+    more than ``mine``, the points of what the run has.
     """
-    now = {key: str(value) for key, value in asdict(settings).items()}
-
-    def has(change):
-        return all(
-            now[key] == value or key in ("epochs", "ensemble") and float(now[key]) > float(value)
-            for key, value in change.items()
-        )
-
     change, points = gain["change"], gain["points"]
     if "preset" in change:
-        mine = max((other["points"] for other in gains if has(other["change"])), default=0)
         return len(change) == 1 and points > mine
-    return settings.preset == "baseline" and points > 0 and not has(change)
+    return settings.preset == "baseline" and points > 0 and not has(settings, change)
 
 
 def gap_text(train, test):

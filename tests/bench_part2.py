@@ -230,7 +230,7 @@ def main():
     import torch
 
     results = {side: [] for side in a.sides}
-    peak = matmul_peak(torch.float32)
+    peak, operations = matmul_peak(torch.float32), flops_per_image() * 50_000
     print(f"float32 matrix product {peak:.0f} GFLOP/s, {torch.get_num_threads()} threads, "
           f"torch {torch.__version__}")  # fmt: skip
     print("side         seed  s/epoch  images/s  peak MB  test accuracy  share of peak  dead",
@@ -243,7 +243,7 @@ def main():
             result = json.loads(out.splitlines()[-1])
             results[side].append(result)
             pace = statistics.median(result["seconds"])
-            share = flops_per_image() * 50_000 / pace / 1e9 / peak
+            share = operations / pace / 1e9 / peak
             print(f"{side:<12} {seed:>4} {pace:>8.2f} {50_000 / pace:>9.0f} "
                   f"{result['megabytes']:>8.0f} {result['accuracy']:>14.2%} {share:>14.0%} "
                   f"{result['dead']:>5}", flush=True)  # fmt: skip

@@ -31,6 +31,12 @@ def data():
     return replace(digits, images=digits.images[:200], labels=digits.labels[:200], mirror=True)
 
 
+@pytest.fixture
+def loaded(data, monkeypatch):
+    """The scripts find these digits and nothing else."""
+    monkeypatch.setattr(part2, "load_data", lambda *a: data)
+
+
 def training_with(data, **options):
     return Training(replace(SETTINGS, **options), data)
 
@@ -433,12 +439,11 @@ def test_a_damaged_table_is_named_and_costs_no_result(tmp_path, damage):
         part2.read_table(table)
 
 
-def test_a_run_with_a_damaged_table_saves_its_results(data, monkeypatch, tmp_path, capsys):
+def test_a_run_with_a_damaged_table_saves_its_results(loaded, monkeypatch, tmp_path, capsys):
     def damaged():
         raise UserError("the table is damaged: restore it")
 
     monkeypatch.setattr(part2, "read_table", damaged)
-    monkeypatch.setattr(part2, "load_data", lambda *a: replace(data, key="digits"))
     monkeypatch.setattr(part2, "plot_all", lambda *a: {})
     options = f"--dataset digits --epochs 1 --output-dir {tmp_path}"
     assert part2.main(options.split()) == 0
@@ -462,8 +467,7 @@ def test_the_summary_shows_the_committed_table():
     assert len(lines) > 10 and "\n".join(lines) in summary
 
 
-def test_the_table_gets_one_row_a_run_and_no_run_twice(data, monkeypatch, tmp_path):
-    monkeypatch.setattr(part2, "load_data", lambda *a: replace(data, key="digits"))
+def test_the_table_gets_one_row_a_run_and_no_run_twice(loaded, monkeypatch, tmp_path):
     table, trained = tmp_path / "ablation" / "results.csv", []
     epoch = Training.run_epoch
     monkeypatch.setattr(Training, "run_epoch", lambda self, *a: (trained.append(self), epoch(self, *a)))
@@ -483,8 +487,7 @@ def test_the_table_gets_one_row_a_run_and_no_run_twice(data, monkeypatch, tmp_pa
     assert ablation.main(options[:4] + ["--report"]) == 2  # there is no CIFAR-10 in it
 
 
-def test_a_stopped_run_of_the_table_goes_on(data, monkeypatch, tmp_path):
-    monkeypatch.setattr(part2, "load_data", lambda *a: replace(data, key="digits"))
+def test_a_stopped_run_of_the_table_goes_on(loaded, monkeypatch, tmp_path):
     options = ["--dataset", "digits", "--presets", "baseline", "--changes", "none", "--seeds", "0"]
     assert ablation.main([*options, "--table", str(tmp_path / "whole" / "results.csv")]) == 0
     take, calls = Training.take_step, []
@@ -505,7 +508,7 @@ def test_a_stopped_run_of_the_table_goes_on(data, monkeypatch, tmp_path):
     assert shares[0] == shares[1]
 
 
-def test_a_run_that_fails_has_no_row_and_stops_nothing(data, monkeypatch, tmp_path):
+def test_a_run_that_fails_has_no_row_and_stops_nothing(loaded, monkeypatch, tmp_path):
     def fail_with_dropout(settings, *args):
         if settings.dropout == 0.1:
             raise RunFailed("the loss is nan")
@@ -513,15 +516,13 @@ def test_a_run_that_fails_has_no_row_and_stops_nothing(data, monkeypatch, tmp_pa
 
     train = part2.train_members
     monkeypatch.setattr(part2, "train_members", fail_with_dropout)
-    monkeypatch.setattr(part2, "load_data", lambda *a: replace(data, key="digits"))
     options = ["--dataset", "digits", "--presets", "baseline", "--seeds", "0", "--table"]
     table = tmp_path / "t" / "results.csv"
     assert ablation.main([*options, str(table), "--changes", "dropout", "none"]) == 0
     assert [row["change"] for row in part2.read_table(table)] == ["none"]
 
 
-def test_a_run_of_other_settings_is_not_taken_for_this_one(data, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(part2, "load_data", lambda *a: replace(data, key="digits"))
+def test_a_run_of_other_settings_is_not_taken_for_this_one(loaded, monkeypatch, tmp_path, capsys):
     options = ["--dataset", "digits", "--presets", "baseline", "--changes", "none", "--seeds", "0"]
     table = tmp_path / "t" / "results.csv"
     assert ablation.main([*options, "--table", str(table)]) == 0
