@@ -964,43 +964,56 @@ def measure_kept(folder, data, settings, histories):
     RunFailed
         If the accuracy on the selecting split is not the one in the history.
     """
-    checkpoint = load_checkpoint(folder / "best.pt")
-    try:
-        model = build_model(checkpoint["config"])
-        model.load_state_dict(checkpoint["model"])
-    except (RuntimeError, KeyError, TypeError) as error:
-        raise UserError(f"best.pt is of another architecture ({error}): train again") from error
+    model = load_best(folder / "best.pt")
     model.to(data.images.device, memory_format=torch.channels_last)
     rows, held = split_rows(data, settings.select_on)
-    found = {}
-    for split, chosen in (("train", rows[:10_000]), ("val", held)):
-        images, labels = data.images[chosen], data.labels[chosen]
-        if len(chosen):
-            found[split] = accuracy(predict(model, images, data, settings), labels)
+    found = {
+        split: accuracy(predict(model, data.images[part], data, settings), data.labels[part])
+        for split, part in (("train", rows[:10_000]), ("val", held)) if len(part)
+    }  # fmt: skip
     logits = predict(model, data.test_images, data, settings)
     found["test"] = accuracy(logits, data.test_labels)
-    if len(histories) == 1 and settings.select_on != "last":
-        reported = max(row["eval_accuracy"] for row in histories[0])
-        if found[settings.select_on] != reported:
-            raise RunFailed(
-                f"best.pt, read back, has accuracy {found[settings.select_on]} instead of "
-                f"{reported}: its numbers cannot be trusted"
-            )
-    right, labels = (logits.argmax(1) == data.test_labels).cpu().double(), data.test_labels.cpu()
+    if len(histories) == 1:
+        check_reported(found, histories[0], settings.select_on)
     seconds = sum(row["seconds"] for history in histories for row in history)
     kept = [kept_epoch(history, settings.select_on) for history in histories]
     return {
         "parameters": count_parameters(model),
         "best_epoch": kept[0] if len(kept) == 1 else kept,
         **{f"{split}_accuracy": found.get(split) for split in ("train", "val", "test")},
-        "test_accuracy_interval": wilson(found["test"], len(right)),
-        "per_class_accuracy": {
-            name: right[labels == label].mean().item()
-            for label, name in enumerate(data.classes)
-        },
+        "test_accuracy_interval": wilson(found["test"], len(logits)),
+        "per_class_accuracy": class_accuracy(logits, data),
         "train_seconds": seconds,
         "images_per_second": len(rows) * sum(map(len, histories)) / seconds,
     }, logits.softmax(1).cpu().numpy()
+
+
+def load_best(path):
+    """The network or ensemble of best.pt."""
+    checkpoint = load_checkpoint(path)
+    try:
+        model = build_model(checkpoint["config"])
+        model.load_state_dict(checkpoint["model"])
+    except (RuntimeError, KeyError, TypeError) as error:
+        raise UserError(f"{path.name} is of another architecture ({error}): train again") from error
+    return model
+
+
+def check_reported(found, history, select_on):
+    """Raise a RunFailed unless best.pt has, bit for bit, the accuracy that chose it."""
+    reported = max(row["eval_accuracy"] for row in history)
+    if select_on != "last" and found[select_on] != reported:
+        raise RunFailed(
+            f"best.pt, read back, has accuracy {found[select_on]} instead of {reported}: its "
+            "numbers cannot be trusted"
+        )
+
+
+def class_accuracy(logits, data):
+    """Share of each class's test images that is classified rightly, by name."""
+    labels = data.test_labels.cpu()
+    right = (logits.argmax(1).cpu() == labels).double()
+    return {name: right[labels == i].mean().item() for i, name in enumerate(data.classes)}
 
 
 def confused_pairs(labels, preds, classes, most=3):
