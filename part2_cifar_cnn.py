@@ -383,6 +383,19 @@ def draw_epoch(n, settings, mirror, epoch):
             "cut_left": cut_left, "mirrored": mirrored}  # fmt: skip
 
 
+def load_batch(data, settings, drawn):
+    """Augmented, normalised images (b, 3, 32, 32) and labels (b,) of one step.
+
+    ``drawn`` is the step's part of `draw_epoch`, its ``order`` as rows of ``data.images``.
+    """
+    images = crop_and_flip(data.images, drawn["order"], drawn["top"], drawn["left"],
+                           drawn["mirrored"], settings.crop_fill)  # fmt: skip
+    images = normalise(images, data.mean, data.std)
+    if settings.cutout:
+        images = cut_out(images, drawn["cut_top"], drawn["cut_left"], settings.cutout)
+    return images, data.labels[drawn["order"]]
+
+
 # ----------------------------------------------------------------------- model
 
 
@@ -704,7 +717,8 @@ class Training:
             if pressed:
                 raise Interrupted
             now = slice(step * size, (step + 1) * size)
-            images, labels = self.load_batch({name: part[now] for name, part in drawn.items()})
+            step_drawn = {name: part[now] for name, part in drawn.items()}
+            images, labels = load_batch(self.data, self.settings, step_drawn)
             rates += self.scheduler.get_last_lr()[:1]
             logits, losses[now] = self.take_step(images, labels)
             right += (logits.argmax(1) == labels).sum()
@@ -714,16 +728,6 @@ class Training:
                 shown = time.monotonic()
         show_progress("")
         return losses, right.item(), rates
-
-    def load_batch(self, drawn):
-        """Augmented, normalised images (b, 3, 32, 32) and labels (b,) of one step."""
-        data, settings = self.data, self.settings
-        images = crop_and_flip(data.images, drawn["order"], drawn["top"], drawn["left"],
-                               drawn["mirrored"], settings.crop_fill)  # fmt: skip
-        images = normalise(images, data.mean, data.std)
-        if settings.cutout:
-            images = cut_out(images, drawn["cut_top"], drawn["cut_left"], settings.cutout)
-        return images, data.labels[drawn["order"]]
 
     def take_step(self, images, labels):
         """One update of the weights; returns the logits and the loss before it."""
@@ -1213,17 +1217,16 @@ def plot_all(plt, settings, data, metrics, history, probs):
 
 
 def plot_samples(plt, settings, data, rows=4, columns=8):
-    """Training images after shift and mirroring (cutout and mixup are not shown)."""
+    """The first training images of a run as the network gets them, but for mixup."""
     chosen = split_rows(data, settings.select_on)[0]
     drawn = draw_epoch(len(chosen), settings, data.mirror, epoch=1)
-    drawn = {name: part[: rows * columns] for name, part in drawn.items()}
-    order = chosen[drawn["order"]]
-    images = crop_and_flip(data.images.cpu(), order, drawn["top"], drawn["left"],
-                           drawn["mirrored"], settings.crop_fill)  # fmt: skip
-    figure = image_grid(plt, images, rows, columns)
-    mirrored = " and mirroring" if drawn["mirrored"].any() else ""
-    figure.suptitle(f"{data.name}: training images after random shifts{mirrored}")
-    for axes, label in zip(figure.axes, data.labels.cpu()[order]):
+    drawn["order"] = chosen[drawn["order"]]
+    drawn = {name: part[: rows * columns].to(data.images.device) for name, part in drawn.items()}
+    images, labels = load_batch(data, settings, drawn)
+    images = images.permute(0, 2, 3, 1).cpu() * torch.tensor(data.std) + torch.tensor(data.mean)
+    figure = image_grid(plt, images.clamp(0, 1), rows, columns)
+    figure.suptitle(f"{data.name}: training images as the network sees them, each time anew")
+    for axes, label in zip(figure.axes, labels.tolist()):
         axes.set_title(data.classes[label], fontsize=9, loc="center")
     return figure
 

@@ -111,7 +111,8 @@ def run_ours(data_dir, epochs, seed, side):
         part2.small = plain_network
     training = part2.Training(settings, data)
     if side == "torchvision":
-        training.load_batch = lambda drawn: torchvision_batch(part2, data, drawn["order"])
+        part2.load_batch = lambda data, settings, drawn: torchvision_batch(
+            part2, data, drawn["order"])
     if side == "rounded":
         round_to_bfloat16(training.model)
     for _ in range(epochs):
