@@ -1265,16 +1265,14 @@ def plot_classes(plt, metrics, name):
     """Test accuracy of each class, the worst on top."""
     shares = sorted(metrics["per_class_accuracy"].items(), key=lambda item: -item[1])
     figure, axes = plt.subplots()
-    bars = axes.barh([k for k, _ in shares], [100 * v for _, v in shares], color=BLUE)
-    axes.bar_label(bars, fmt="%.1f %%", padding=3)
+    axes.barh([f"{k}  {v:.1%}" for k, v in shares], [100 * v for _, v in shares], color=BLUE)
     mean = 100 * metrics["test_accuracy"]
-    axes.axvline(mean, color=RED, ls="--", label=f"all classes: {mean:.1f} %")
+    axes.axvline(mean, color=RED, ls="--")
     axes.set(
-        xlabel="test accuracy (%)", xlim=(0, 108),
-        title=f"{name}: {shares[-1][0]} is hardest, {shares[0][0]} is easiest",
+        xlabel="test accuracy (%); dashed: all classes", xlim=(0, 100),
+        title=f"{name}: {mean:.1f} % of all, {shares[-1][0]} is hardest, {shares[0][0]} is easiest",
     )  # fmt: skip
     axes.grid(axis="y", visible=False)
-    axes.legend(loc="lower left", facecolor="white", framealpha=1, frameon=True)
     return figure
 
 
