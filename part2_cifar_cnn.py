@@ -648,7 +648,7 @@ class Training:
         self.model.to(data.images.device, memory_format=torch.channels_last)
         self.size = min(settings.batch_size, len(self.rows))
         self.steps = math.ceil(len(self.rows) / self.size)
-        self.optimizer = build_optimizer(self.model, replace(settings, batch_size=self.size))
+        self.optimizer = build_optimizer(self.model, settings)
         self.scheduler = build_scheduler(self.optimizer, settings, self.steps)
         self.average = AveragedModel(
             self.model, multi_avg_fn=get_ema_multi_avg_fn(settings.ema), use_buffers=True
