@@ -27,6 +27,7 @@ import tempfile
 import textwrap
 import time
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -664,12 +665,16 @@ class Training:
     def state(self):
         """Plain values and tensors, from which `restore` goes on as if uninterrupted."""
         state = {name: part.state_dict() for name, part in self.parts().items()}
-        return state | {"history": self.history, "best": self.best}
+        return state | self.result()
 
     def restore(self, state):
         for name, part in self.parts().items():
             part.load_state_dict(state[name])
         self.history, self.best = state["history"], state["best"]
+
+    def result(self):
+        """What an ensemble keeps of a network."""
+        return {"best": self.best, "history": self.history}
 
     def run_epoch(self, pressed=()):
         """Train and evaluate for one epoch; append its row to the history."""
@@ -807,29 +812,34 @@ def diverged(what, epoch, step, rate):
 
 def fit(training, save):
     """Train to the last epoch, calling ``save`` after each; Ctrl-C leaves whole epochs."""
+    epochs = training.settings.epochs
     say("  epoch         lr  train loss  train acc  eval loss  eval acc  seconds")
-    with ctrl_c() as pressed:
-        while len(training.history) < training.settings.epochs:
-            training.run_epoch(pressed)
-            save(training)
-            row = training.history[-1]
-            held = (
-                f"{row['eval_loss']:>11.4f} {row['eval_accuracy']:>9.2%}"
-                if training.settings.select_on != "last" else f"{'-':>11} {'-':>9}"
-            )  # fmt: skip
-            say(
-                f"  {row['epoch']:>5} {row['lr']:>10.6f} {row['train_loss']:>11.4f} "
-                f"{row['train_accuracy']:>10.2%}{held} {row['seconds']:>8.1f}"
-            )
-        if pressed:
-            raise Interrupted
+    try:
+        with ctrl_c() as pressed:
+            while len(training.history) < epochs:
+                training.run_epoch(pressed)
+                save()
+                say(row_text(training.history[-1]))
+            if pressed:
+                raise Interrupted
+    except Interrupted:
+        done = len(training.history)
+        raise Interrupted(f"{done} of {epochs} epochs are saved; go on with") from None
+
+
+def row_text(row):
+    """An epoch's row of the table; without an evaluation it has dashes."""
+    held = f"{row['eval_loss']:>11.4f} {row['eval_accuracy']:>9.2%}"
+    if row["eval_split"] == "none":
+        held = f"{'-':>11} {'-':>9}"
+    return (
+        f"  {row['epoch']:>5} {row['lr']:>10.6f} {row['train_loss']:>11.4f} "
+        f"{row['train_accuracy']:>10.2%}{held} {row['seconds']:>8.1f}"
+    )
 
 
 def train_members(settings, data, folder, checkpoint=None):
     """Train the networks of the ensemble one after another (usually it is one).
-
-    After each epoch history.csv is saved, then best.pt if the first network got better
-    or another one of the ensemble is complete, then last.pt, from which a run continues.
 
     Returns
     -------
@@ -837,22 +847,6 @@ def train_members(settings, data, folder, checkpoint=None):
         The history of each network.
     """
     members = checkpoint["members"] if checkpoint else []
-
-    def save(training):
-        save_checkpoint(
-            folder / "last.pt", **about(replace(settings, ensemble=1), data),
-            **training.state(), members=members, ensemble=settings.ensemble,
-        )  # fmt: skip
-
-    def save_epoch(training):
-        every = [*members, {"best": training.best, "history": training.history}]
-        rows = [row for member in every for row in member["history"]]
-        write_csv(folder / "history.csv", {key: [row[key] for row in rows] for key in rows[0]})
-        better = kept_epoch(training.history, settings.select_on) == len(training.history)
-        if len(training.history) == settings.epochs if members else better:
-            save_best(folder, every, settings, data)
-        save(training)
-
     while len(members) < settings.ensemble:
         seed = derive_seed(settings.seed, MEMBERS, len(members)) if members else settings.seed
         training = Training(replace(settings, seed=seed), data)
@@ -860,16 +854,12 @@ def train_members(settings, data, folder, checkpoint=None):
             restore(training, checkpoint, folder / "last.pt")
             checkpoint = None
         elif not members:  # from here on the folder belongs to this run
-            save(training)
+            save_last(folder, settings, members, training)
             write_json(folder / "config.json", asdict(settings))
         if settings.ensemble > 1:
             say(f"  network {len(members) + 1} of {settings.ensemble}")
-        try:
-            fit(training, save_epoch)
-        except Interrupted:
-            done, epochs = len(training.history), settings.epochs
-            raise Interrupted(f"{done} of {epochs} epochs are saved; go on with") from None
-        members.append({"best": training.best, "history": training.history})
+        fit(training, partial(save_epoch, folder, settings, members, training))
+        members.append(training.result())
     return [member["history"] for member in members]
 
 
@@ -882,6 +872,26 @@ def restore(training, checkpoint, path):
                 raise ValueError("its optimiser's state has other shapes")
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is of another architecture ({error}): start afresh") from error
+
+
+def save_epoch(folder, settings, members, training):
+    """history.csv, then best.pt if the first network got better or another one of the
+    ensemble is complete, then last.pt, from which a run continues."""
+    every = [*members, training.result()]
+    rows = [row for member in every for row in member["history"]]
+    write_csv(folder / "history.csv", {key: [row[key] for row in rows] for key in rows[0]})
+    kept = settings.epochs if members else kept_epoch(training.history, settings.select_on)
+    if len(training.history) == kept:
+        save_best(folder, every, settings, training.data)
+    save_last(folder, settings, members, training)
+
+
+def save_last(folder, settings, members, training):
+    """last.pt: the networks that are complete, and all of the one in training."""
+    save_checkpoint(
+        folder / "last.pt", **about(replace(settings, ensemble=1), training.data),
+        **training.state(), members=members, ensemble=settings.ensemble,
+    )  # fmt: skip
 
 
 def save_best(folder, members, settings, data):
@@ -1086,25 +1096,32 @@ def measured_gains(rows):
         the latter of the gain over the baseline with the same seed; both in percent),
         ``deviation`` (of the points; NaN for one run) and ``seconds`` of training (median).
     """
-    runs = {}  # of each change: accuracy and seconds by seed
+    runs = {}  # of each change: accuracy in percent and seconds, by seed
     for row in rows:
-        change = dict(zip(row["change"].split(), row["value"].split()))
-        if row["preset"] != "baseline":
-            change = {"preset": row["preset"]} | change
-        found = 100 * row["test_accuracy"], row["train_seconds"]
         if row["dataset"] == "cifar10":
-            runs.setdefault(tuple(change.items()), {})[row["seed"]] = found
-    base, gains = runs.get((), {}), []
-    for change, found in runs.items():
-        if seeds := sorted(base.keys() & found):
-            accuracy, seconds = np.array([found[seed] for seed in seeds]).T
-            points = accuracy - [base[seed][0] for seed in seeds]
-            gains.append({
-                "change": dict(change), "runs": len(seeds), "accuracy": accuracy.mean(),
-                "points": points.mean(), "seconds": np.median(seconds),
-                "deviation": points.std(ddof=1) if len(seeds) > 1 else math.nan,
-            })  # fmt: skip
+            found = 100 * row["test_accuracy"], row["train_seconds"]
+            runs.setdefault(change_of(row), {})[row["seed"]] = found
+    base = runs.get((), {})
+    gains = [gain_of(change, found, base) for change, found in runs.items() if base.keys() & found]
     return sorted(gains, key=lambda gain: -gain["points"])
+
+
+def change_of(row):
+    """What a row's run differs in from the baseline, as pairs of setting and value."""
+    preset = [] if row["preset"] == "baseline" else [("preset", row["preset"])]
+    return (*preset, *zip(row["change"].split(), row["value"].split()))
+
+
+def gain_of(change, found, base):
+    """An entry of `measured_gains`, from the seeds that ``found`` shares with ``base``."""
+    seeds = sorted(base.keys() & found)
+    accuracy, seconds = np.array([found[seed] for seed in seeds]).T
+    points = accuracy - [base[seed][0] for seed in seeds]
+    return {
+        "change": dict(change), "runs": len(seeds), "accuracy": accuracy.mean(),
+        "points": points.mean(), "seconds": np.median(seconds),
+        "deviation": points.std(ddof=1) if len(seeds) > 1 else math.nan,
+    }  # fmt: skip
 
 
 def flags_text(change):
