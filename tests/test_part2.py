@@ -287,7 +287,7 @@ def test_crop_without_shift_is_the_identity_and_leaves_the_images_alone():
 
 
 def draw(n, mirror=True, epoch=1, **options):
-    drawn = draw_epoch(n, replace(SETTINGS, **options), mirror, epoch)
+    drawn = draw_epoch(torch.arange(n), replace(SETTINGS, **options), mirror, epoch)
     return [drawn[name] for name in ("order", "top", "left", "mirrored")]
 
 

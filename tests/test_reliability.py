@@ -251,10 +251,11 @@ def test_ctrl_c_in_the_last_step_still_leaves_a_whole_run(whole, tmp_path):
     assert run(tmp_path, "--resume") == 0 and same(outcome(tmp_path), whole())
 
 
-def test_second_ctrl_c_ends_the_run_at_once(tmp_path):
+def test_second_ctrl_c_ends_the_run_at_once(tmp_path, capsys):
     with at_step(STEPS + 1, lambda: (press_ctrl_c(), press_ctrl_c())) as calls:
         assert run(tmp_path) == 130
         assert next(calls) == STEPS + 2
+    assert "interrupted: go on with: python part2_cifar_cnn.py" in capsys.readouterr().err
     assert len(load_checkpoint(tmp_path / "last.pt")["history"]) == 1
 
 
@@ -567,6 +568,7 @@ DAMAGE = {
     "other classes": edited(lambda c: c.update(classes=["cat", "dog"])),
     "classes are a number": edited(lambda c: c.update(classes=3)),
     "no classes": edited(lambda c: c.pop("classes")),
+    "a setting is missing": edited(lambda c: c["config"].pop("crop_fill")),
     "no optimiser": edited(lambda c: c.pop("optimizer")),
     "optimiser of another network": edited(other_optimizer),
     "history is text": edited(lambda c: c.update(history="long")),
@@ -593,7 +595,7 @@ def test_damaged_checkpoint_is_refused_in_one_line(damage, tmp_path, capsys, mon
 
 @pytest.mark.parametrize("damage", ["another architecture", "another model's name",
                                     "other classes", "optimiser of another network",
-                                    "no optimiser"])  # fmt: skip
+                                    "a setting is missing", "no optimiser"])  # fmt: skip
 def test_whole_checkpoint_of_another_network_is_refused(damage, tmp_path, capsys, monkeypatch):
     """As of another version of the script: nothing was altered after it was written."""
     stopped_in_epoch_2(tmp_path)

@@ -53,6 +53,12 @@ def weights_of(model):
     return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
+def state_of(model):
+    """Weights and running statistics in one vector."""
+    state = model.state_dict().values()
+    return torch.cat([value.flatten() for value in state if value.is_floating_point()]).clone()
+
+
 def soft_target_loss(logits, targets):
     """Cross-entropy with soft targets (b, classes), written out."""
     return -(targets * (logits - logits.logsumexp(1, keepdim=True))).sum(1).mean()
@@ -75,15 +81,15 @@ def test_cutout_zeroes_exactly_the_square():
 
 
 def test_cutout_squares_lie_anywhere_inside():
-    drawn = draw_epoch(20_000, replace(SETTINGS, cutout=8), True, 1)
+    drawn = draw_epoch(torch.arange(20_000), replace(SETTINGS, cutout=8), True, 1)
     for name in ("cut_top", "cut_left"):
         assert sorted(set(drawn[name].tolist())) == list(range(25))
-    whole = draw_epoch(10, replace(SETTINGS, cutout=32), True, 1)
+    whole = draw_epoch(torch.arange(10), replace(SETTINGS, cutout=32), True, 1)
     assert not whole["cut_top"].any()
 
 
 def test_cutout_reaches_the_batch(data):
-    drawn = draw_epoch(200, replace(SETTINGS, cutout=8), True, 1)
+    drawn = draw_epoch(torch.arange(200), replace(SETTINGS, cutout=8), True, 1)
     plain, cut = (
         part2.load_batch(data, replace(SETTINGS, cutout=size), drawn)[0] for size in (0, 8)
     )
@@ -95,7 +101,7 @@ def test_alternating_flip_shows_both_orientations_in_two_epochs():
     flip = replace(SETTINGS, flip="alternating")
     mirrored = []
     for epoch in (1, 2, 3):
-        drawn = draw_epoch(1000, flip, True, epoch)
+        drawn = draw_epoch(torch.arange(1000), flip, True, epoch)
         by_image = torch.empty(1000, dtype=torch.bool)
         by_image[drawn["order"]] = drawn["mirrored"]
         mirrored.append(by_image)
@@ -140,7 +146,7 @@ def test_mixup_with_lambda_1_is_the_identity(data, monkeypatch):
 # ------------------------------------------------------------------- averaging
 
 
-def test_ema_with_decay_0_is_the_model(data):
+def test_ema_with_hardly_a_decay_is_the_model_and_with_none_is_off(data):
     assert training_with(data).average is None
     averaged = training_with(data, ema=1e-12)
     averaged.run_epoch()
@@ -150,11 +156,11 @@ def test_ema_with_decay_0_is_the_model(data):
 def test_ema_is_the_running_mean_written_out(data):
     training = training_with(data, ema=0.7)
     one_step(training)
-    expected = weights_of(training.model)  # the first step starts the average
+    expected = state_of(training.model)  # the first step starts the average
     for step in range(1, 4):
         one_step(training, step)
-        expected = 0.7 * expected + 0.3 * weights_of(training.model)
-    assert torch.allclose(weights_of(training.average.module), expected, atol=1e-6)
+        expected = 0.7 * expected + 0.3 * state_of(training.model)
+    assert torch.allclose(state_of(training.average.module), expected, atol=1e-6)
 
 
 def test_ema_is_what_is_kept(data):
@@ -177,6 +183,15 @@ def test_views_make_the_logits_of_a_mirror_image_the_same(data, tta):
     assert not torch.allclose(logits, plain, atol=1e-3)
 
 
+def test_views_that_are_left_out_do_not_scale_the_logits(data):
+    model, unmirrored = build_model(asdict(SETTINGS)), replace(data, mirror=False)
+    plain, flipped = (
+        part2.predict(model, data.images, unmirrored, replace(SETTINGS, tta=tta))
+        for tta in ("none", "flip")
+    )
+    assert torch.allclose(flipped, plain, atol=1e-6)
+
+
 def test_views_are_weighted_to_one_and_include_the_image():
     for views in part2.VIEWS.values():
         assert sum(view[3] for view in views) == 1
@@ -189,6 +204,19 @@ def test_an_ensemble_of_one_is_the_model():
     images = torch.randn(6, 3, 32, 32)
     probs = part2.Ensemble([model]).eval()(images).softmax(1)
     assert torch.allclose(probs, model(images).softmax(1), atol=1e-6)
+
+
+@pytest.mark.parametrize("select_on", ["val", "last"])
+def test_an_ensemble_is_weighted_by_accuracy_on_held_out_images_only(data, tmp_path, select_on):
+    settings = replace(SETTINGS, ensemble=2, select_on=select_on)
+    members = [
+        {"best": build_model(asdict(SETTINGS)).state_dict(), "history": [{"eval_accuracy": share}]}
+        for share in (0.9, 0.6)
+    ]
+    part2.save_best(tmp_path, settings, members, data)
+    weights = part2.load_best(tmp_path / "best.pt").weights
+    expected = {"val": [0.6, 0.4], "last": [0.5, 0.5]}[select_on]
+    assert torch.allclose(weights, torch.tensor(expected))
 
 
 def test_an_ensemble_averages_probabilities_by_weight():
@@ -280,6 +308,11 @@ def test_muon_steps_all_but_filters_as_torchs_adamw_at_a_hundredth_of_the_rate(d
         assert torch.equal(a, b) == (a.ndim != 4 or not a.requires_grad)
 
 
+def test_momentum_reaches_muon(data):
+    training = training_with(data, model="strong", optimizer="muon", lr=0.1, momentum=0.7)
+    assert training.optimizer.param_groups[0]["momentum"] == 0.7
+
+
 def rates_of(schedule, warmup_epochs=0.0, epochs=10, steps=10):
     """Learning rate of each step, for a rate of 1."""
     settings = replace(SETTINGS, schedule=schedule, warmup_epochs=warmup_epochs, epochs=epochs)
@@ -310,10 +343,9 @@ def test_warmup_rises_evenly_to_the_full_rate_and_the_schedule_follows(schedule)
     rates, end = rates_of(schedule, warmup_epochs=2.0)
     assert rates[:20] == pytest.approx([(i + 1) / 21 for i in range(20)])
     assert rates[20] == pytest.approx(1)
-    alone, _ = rates_of(schedule, epochs=8)
-    if schedule != "step":  # whose halvings are every five epochs after the warm-up
-        assert rates[20:] == pytest.approx(alone, abs=1e-9)
-        assert end == pytest.approx({"none": 1}.get(schedule, 0), abs=1e-9)
+    alone, end_alone = rates_of(schedule, epochs=8)
+    assert rates[20:] == pytest.approx(alone, abs=1e-9)
+    assert end == pytest.approx(end_alone, abs=1e-9)
 
 
 def test_warmup_takes_at_most_half_of_the_steps():
@@ -362,6 +394,15 @@ def test_whitened_filters_decorrelate_the_patches():
     off = covariance - covariance.diag().diag()
     assert off.abs().max() < 0.02
     assert 0.7 < covariance.diag().min() and covariance.diag().max() < 1.01
+
+
+@pytest.mark.parametrize("name", ["tuned", "strong"])
+def test_the_first_layer_starts_white_and_stays_so_only_in_strong(data, name):
+    training = training_with(replace(data, images=data.images[:100], labels=data.labels[:100]), model=name)
+    before = training.model[0].weight.detach().clone()
+    assert torch.equal(before[: len(before) // 2], -before[len(before) // 2 :])
+    one_step(training)
+    assert torch.equal(training.model[0].weight, before) == (name == "strong")
 
 
 def test_strong_starts_by_passing_its_input_through():
@@ -420,13 +461,18 @@ def test_suggestions_are_what_the_run_has_not_and_may_gain_from(capsys):
     assert "--tta" not in text  # a part taken out of a preset
     assert "sgd" not in text  # it lost one point
     assert "--dropout" not in suggested(capsys, dropout=0.1)
-    assert "nothing is better" in suggested(capsys, preset="strong")
+    strong = {"preset": "strong"} | PRESETS["strong"]
+    assert "nothing is better" in suggested(capsys, **strong)
+    assert "--preset strong" in suggested(capsys, **strong | {"model": "small"})
     assert "--preset strong" in suggested(capsys, preset="tuned")
     assert "--dropout" not in suggested(capsys, preset="tuned")
     longer = [ROWS[0] | {"change": "epochs", "value": "20", "test_accuracy": 0.8}, *ROWS]
     assert "--epochs 20" in suggested(capsys, longer) and "--epochs" not in suggested(
         capsys, longer, epochs=30
     )
+    smaller = [ROWS[2] | {"value": "0.2", "test_accuracy": 0.72}, *ROWS]
+    assert "--dropout 0.2" in suggested(capsys, smaller)
+    assert "--dropout" not in suggested(capsys, smaller, dropout=0.1)
     assert "nothing is better" in suggested(capsys, [])
 
 
