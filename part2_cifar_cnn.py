@@ -36,6 +36,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchvision.datasets import CIFAR10
+from torchvision.ops import SqueezeExcitation
 
 from utils import (
     BLUE, ORANGE, RED, Interrupted, RunFailed, UserError, check_output, choose_device, command,
@@ -77,9 +78,11 @@ class Settings:
     epochs: int = flag(10, "passes over the training images", type=integer(1))
     batch_size: int = flag(128, "images per step", type=integer(1, math.inf))
     optimizer: str = flag("adam", "rule of the steps", choices=("adam", "adamw", "sgd", "muon"))
-    lr: float = flag(0.001, "learning rate", type=number(0, 1e30, "(]"))
+    lr: float = flag(0.001, "learning rate; muon takes it for filters and a hundredth for the rest",
+                     type=number(0, 1e30, "(]"))
     momentum: float = flag(0.9, "momentum of sgd and muon", type=number(0, 1, "[)"))
-    weight_decay: float = flag(0.0, "shrinking of the weights", type=number(0))
+    weight_decay: float = flag(0.0, "shrinking of the weights; with muon not of filters",
+                               type=number(0))  # fmt: skip
     schedule: str = flag("step", "fall of the learning rate: halved every 5 epochs, or to zero",
                          choices=("none", "step", "cosine", "linear"))  # fmt: skip
     warmup_epochs: float = flag(0.0, "epochs of linear rise to --lr, at most half of all",
@@ -105,7 +108,7 @@ PRESETS = {
         "model": "tuned", "dropout": 0.1, "crop_padding": 2, "crop_fill": "reflect",
         "flip": "alternating", "batch_size": 256, "optimizer": "muon", "lr": 0.1,
         "momentum": 0.6, "weight_decay": 0.01, "schedule": "linear", "warmup_epochs": 2.0,
-        "tta": "shift", "select_on": "last",
+        "label_smoothing": 0.1, "tta": "shift", "select_on": "last",
     },
     "strong": {
         "model": "strong", "dropout": 0.0, "crop_padding": 2, "crop_fill": "reflect",
@@ -430,14 +433,23 @@ def small(dropout):
 
 
 def tuned(dropout):
-    """Still two convolutions and fewer parameters, but larger filters, pools that overlap
-    and no hidden layer."""
+    """Still two convolutions and hardly more parameters, but larger filters, pools that overlap,
+    a gate for each channel (Hu et al. 2018; two small linear layers) and no hidden layer."""
     return nn.Sequential(  # (b, 3, 32, 32)
         nn.Conv2d(3, 48, 5, padding=2), nn.MaxPool2d(3, 2, 1), nn.BatchNorm2d(48), nn.GELU(),
         nn.Conv2d(48, 192, 5, padding=2), nn.MaxPool2d(3, 2, 1), nn.BatchNorm2d(192), nn.GELU(),
-        nn.AvgPool2d(2), nn.Flatten(),  # (b, 192, 4, 4) -> (b, 3072)
-        nn.Dropout(dropout), nn.Linear(3072, 10),
+        SqueezeExcitation(192, 48),
+        # More than the mean: the larger its input, the faster a layer learns.
+        nn.AvgPool2d(3, 2, 1, divisor_override=2), nn.Flatten(),  # (b, 192, 4, 4) -> (b, 3072)
+        nn.Dropout(dropout), small_head(3072),
     )  # fmt: skip
+
+
+def small_head(inputs):
+    """A last layer that starts with hardly an opinion."""
+    head = nn.Linear(inputs, 10, bias=False)
+    nn.init.normal_(head.weight, std=1 / inputs)
+    return head
 
 
 def strong(dropout, widths=(64, 256, 256)):
@@ -446,10 +458,9 @@ def strong(dropout, widths=(64, 256, 256)):
     for before, width in zip((24, *widths), widths):  # each halves the side: 15, 7, 3
         layers += [identity_conv(before, width), nn.MaxPool2d(2), BiasNorm(width), nn.GELU(),
                    identity_conv(width, width), BiasNorm(width), nn.GELU()]  # fmt: skip
-    head = nn.Linear(widths[-1], 10, bias=False)
-    nn.init.normal_(head.weight, std=1 / widths[-1])
     layers[0].weight.requires_grad = False  # its filters are computed from the images
-    return nn.Sequential(*layers, nn.MaxPool2d(3), nn.Flatten(), nn.Dropout(dropout), head)
+    return nn.Sequential(*layers, nn.MaxPool2d(3), nn.Flatten(), nn.Dropout(dropout),
+                         small_head(widths[-1]))  # fmt: skip
 
 
 def identity_conv(before, width):
