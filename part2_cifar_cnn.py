@@ -961,7 +961,8 @@ def predict(model, images, data, settings, batch=500):
         with autocast(settings):
             logits.append(sum(
                 weight / total * model(normalise(
-                    crop_and_flip(part, each, torch.full_like(each, top), torch.full_like(each, left),
+                    crop_and_flip(part, each, torch.full_like(each, top),
+                                  torch.full_like(each, left),
                                   torch.full_like(each, mirrored, dtype=torch.bool), "reflect"),
                     data.mean, data.std,
                 )).float()
