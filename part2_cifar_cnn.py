@@ -383,9 +383,10 @@ def draw_epoch(rows, settings, mirror, epoch):
         mirrored = ((torch.rand(n, generator=rng) < 0.5) ^ (epoch % 2 == 1))[order]
     if settings.flip == "none" or not mirror:
         mirrored = torch.zeros(n, dtype=torch.bool)
-    drawn = {"order": rows.cpu()[order], "top": top, "left": left, "cut_top": cut_top,
+    drawn = {"order": order, "top": top, "left": left, "cut_top": cut_top,
              "cut_left": cut_left, "mirrored": mirrored}  # fmt: skip
-    return {name: part.to(rows.device) for name, part in drawn.items()}
+    drawn = {name: part.to(rows.device) for name, part in drawn.items()}
+    return drawn | {"order": rows[drawn["order"]]}
 
 
 def load_batch(data, settings, drawn):
@@ -1033,12 +1034,9 @@ def load_best(path):
 
 
 def check_reported(found, history, select_on):
-    """Raise a RunFailed unless best.pt has the accuracy that chose it.
-
-    To a few images: a run that goes on on another machine is rounded differently there.
-    """
+    """Raise a RunFailed unless best.pt has, bit for bit, the accuracy that chose it."""
     reported = max(row["eval_accuracy"] for row in history)
-    if select_on != "last" and abs(found[select_on] - reported) > 0.002:
+    if select_on != "last" and found[select_on] != reported:
         raise RunFailed(
             f"best.pt, read back, has accuracy {found[select_on]} instead of {reported}: its "
             "numbers cannot be trusted"
