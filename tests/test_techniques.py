@@ -214,7 +214,7 @@ def test_an_ensemble_is_weighted_by_accuracy_on_held_out_images_only(data, tmp_p
         for share in (0.9, 0.6)
     ]
     part2.save_best(tmp_path, settings, members, data)
-    weights = part2.load_best(tmp_path / "best.pt").weights
+    weights = part2.load_best(tmp_path / "best.pt")[0].weights
     expected = {"val": [0.6, 0.4], "last": [0.5, 0.5]}[select_on]
     assert torch.allclose(weights, torch.tensor(expected))
 
