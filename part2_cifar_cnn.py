@@ -1188,15 +1188,15 @@ def epoch_text(metrics):
 
 def suggest(settings, gains, most=10):
     """Print the changes that bought most and that this run does not have."""
-    mine = [gain for gain in gains if has(settings, gain["change"])]
-    offered = [gain for gain in gains if is_news(gain, settings, mine)][:most]
+    offered = [gain for gain in gains if is_news(gain, settings, gains)][:most]
     if not offered:
         return tell("Of what was measured (tests/ablation.py), nothing is better than this run.")
     tell("Points of test accuracy that each added to the baseline on CIFAR-10 (all 50,000 images "
          "train), their deviation over the seeds (none for one seed), and seconds of training on "
          "two CPU cores; from outputs/ablation/results.csv.")  # fmt: skip
     for i, gain in enumerate(offered, 1):
-        say(f"  {i:>2}. {gain_text(gain):<12} {gain['seconds']:>6.0f} s  {flags_text(gain['change'])}")
+        row = f"  {i:>2}. {gain_text(gain):<12} {gain['seconds']:>6.0f} s  {flags_text(gain['change'])}"
+        say(textwrap.fill(row, 80, subsequent_indent=31 * " ", break_on_hyphens=False))
 
 
 def has(settings, change):
@@ -1209,15 +1209,19 @@ def has(settings, change):
     )  # fmt: skip
 
 
-def is_news(gain, settings, mine):
-    """Whether a change may be expected to help a run that has the gains ``mine``.
+def is_news(gain, settings, gains):
+    """Whether a change may be expected to help this run.
 
     That is a change of the baseline for a baseline that has not as good a value of the
-    same settings, and for any run a preset that bought more than all it has.
+    same settings, and for any run a preset that bought more than all it has (a changed
+    preset only if it also bought more than the preset itself).
     """
     change = gain["change"]
+    mine = [other for other in gains if has(settings, other["change"])]
     if "preset" in change:
-        return len(change) == 1 and is_best(gain, mine)
+        itself = {"preset": change["preset"]}
+        own = [other for other in gains if other["change"] == itself != change]
+        return is_best(gain, mine + own)
     alike = [other for other in mine if other["change"].keys() in (change.keys(), set())]
     return settings.preset == "baseline" and is_best(gain, alike)
 

@@ -121,10 +121,12 @@ def table_of(gains):
 
 def plot(plt, gains):
     """Test accuracy against training seconds of each preset and each published peer."""
+    shown = ("preset", "epochs", "ensemble")
     ours = {
-        part2.flags_text(gain["change"]).replace("--preset ", "") or "baseline": gain
-        for gain in gains if gain["change"].keys() <= {"preset", "epochs", "ensemble"}
-        and ("preset" in gain["change"] or not gain["change"])
+        part2.flags_text({key: gain["change"][key] for key in shown if key in gain["change"]})
+        .replace("--preset ", "") or "baseline": gain
+        for gain in gains
+        if gain["change"].keys() <= {"preset"} or gain["change"].keys() & {"epochs", "ensemble"}
     }  # fmt: skip
     figure, axes = plt.subplots(figsize=(9, 5.5))
     for name, gain in ours.items():

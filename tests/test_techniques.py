@@ -473,6 +473,11 @@ def test_suggestions_are_what_the_run_has_not_and_may_gain_from(capsys):
     smaller = [ROWS[2] | {"value": "0.2", "test_accuracy": 0.72}, *ROWS]
     assert "--dropout 0.2" in suggested(capsys, smaller)
     assert "--dropout" not in suggested(capsys, smaller, dropout=0.1)
+    four = [ROWS[0] | {"preset": "strong", "change": "epochs ensemble", "value": "20 4",
+                       "test_accuracy": 0.97}, *ROWS]  # fmt: skip
+    for options in {}, strong:
+        assert "--preset strong --epochs 20 --ensemble 4" in suggested(capsys, four, **options)
+    assert "--ensemble" not in suggested(capsys, four, **strong | {"epochs": 20, "ensemble": 4})
     assert "nothing is better" in suggested(capsys, [])
 
 
