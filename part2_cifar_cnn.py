@@ -1115,7 +1115,7 @@ def measured_gains(rows):
     list of dict, the largest gain first
         ``change`` (the settings, as text), ``runs``, ``accuracy`` and ``points`` (means,
         the latter of the gain over the baseline with the same seed; both in percent),
-        ``deviation`` (of the points; NaN for one run) and ``seconds`` of training (median).
+        ``accuracy_std`` and ``points_std`` (NaN for one run), ``seconds`` of training (median).
     """
     runs = {}  # of each change: accuracy in percent and seconds, by seed
     for row in rows:
@@ -1139,10 +1139,14 @@ def gain_of(change, found, base):
     accuracy, seconds = np.array([found[seed] for seed in seeds]).T
     points = accuracy - [base[seed][0] for seed in seeds]
     return {
-        "change": dict(change), "runs": len(seeds), "accuracy": accuracy.mean(),
-        "points": points.mean(), "seconds": np.median(seconds),
-        "deviation": points.std(ddof=1) if len(seeds) > 1 else math.nan,
+        "change": dict(change), "runs": len(seeds), "seconds": np.median(seconds),
+        "accuracy": accuracy.mean(), "accuracy_std": std_over_runs(accuracy),
+        "points": points.mean(), "points_std": std_over_runs(points),
     }  # fmt: skip
+
+
+def std_over_runs(values):
+    return values.std(ddof=1) if len(values) > 1 else math.nan
 
 
 def flags_text(change):
@@ -1152,8 +1156,11 @@ def flags_text(change):
 
 def gain_text(gain):
     """Points of a gain with their deviation over the seeds."""
-    spread = "" if gain["runs"] == 1 else f" +- {gain['deviation']:.1f}"
-    return f"{gain['points']:+.1f}{spread}"
+    return f"{gain['points']:+.1f}{spread_text(gain['points_std'], 1)}"
+
+
+def spread_text(std, digits):
+    return "" if math.isnan(std) else f" +- {std:.{digits}f}"
 
 
 def report(settings, metrics, data, probs):

@@ -113,8 +113,9 @@ def table_of(gains):
         "| flags | runs | test accuracy (%) | points over the baseline | training seconds |",
         "|---|---|---|---|---|",
     ] + [
-        f"| `{part2.flags_text(gain['change']) or '--preset baseline'}` | {gain['runs']} | "
-        f"{gain['accuracy']:.2f} | {part2.gain_text(gain)} | {gain['seconds']:.0f} |"
+        f"| `{part2.flags_text(gain['change']) or '--preset baseline'}` | {gain['runs']} "
+        f"| {gain['accuracy']:.2f}{part2.spread_text(gain['accuracy_std'], 2)} "
+        f"| {part2.gain_text(gain) if gain['change'] else ''} | {gain['seconds']:.0f} |"
         for gain in gains
     ]  # fmt: skip
 

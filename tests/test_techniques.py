@@ -446,7 +446,8 @@ def test_gains_are_over_the_baseline_of_the_same_seed():
     ]  # fmt: skip
     dropout = gains[2]
     assert dropout["points"] == pytest.approx(4) and dropout["accuracy"] == pytest.approx(73)
-    assert dropout["deviation"] == pytest.approx(math.sqrt(2)) and dropout["runs"] == 2
+    assert dropout["points_std"] == pytest.approx(math.sqrt(2)) and dropout["runs"] == 2
+    assert dropout["accuracy_std"] == 0 and math.isnan(gains[0]["accuracy_std"])
     assert part2.gain_text(dropout) == "+4.0 +- 1.4" and part2.gain_text(gains[0]) == "+26.0"
 
 
@@ -511,8 +512,8 @@ def test_the_report_of_the_table_has_each_change_and_a_plot(tmp_path, capsys):
     write_csv(table, {key: [row[key] for row in ROWS] for key in part2.COLUMNS})
     assert ablation.main(["--report", "--table", str(table)]) == 0
     text = capsys.readouterr().out
-    assert "| `--preset baseline` | 2 | 69.00 | +0.0 +- 0.0 | 100 |" in text
-    assert "| `--dropout 0.1` | 2 | 73.00 | +4.0 +- 1.4 | 100 |" in text
+    assert "| `--preset baseline` | 2 | 69.00 +- 1.41 |  | 100 |" in text
+    assert "| `--dropout 0.1` | 2 | 73.00 +- 0.00 | +4.0 +- 1.4 | 100 |" in text
     assert imread(tmp_path / "accuracy_vs_seconds.png").std() > 0.01
 
 
