@@ -78,7 +78,8 @@ class Settings:
     epochs: int = flag(10, "passes over the training images", type=integer(1))
     batch_size: int = flag(128, "images per step", type=integer(1, math.inf))
     optimizer: str = flag("adam", "rule of the steps", choices=("adam", "adamw", "sgd", "muon"))
-    lr: float = flag(0.001, "learning rate; muon takes it for filters and a hundredth for the rest",
+    lr: float = flag(0.001, "learning rate; sgd wants about 0.05, muon 0.1 for filters, and it "
+                     "takes a hundredth for the rest",
                      type=number(0, 1e30, "(]"))
     momentum: float = flag(0.9, "momentum of sgd and muon", type=number(0, 1, "[)"))
     weight_decay: float = flag(0.0, "shrinking of the weights; with muon not of filters",
@@ -435,7 +436,7 @@ def small(dropout):
 
 def tuned(dropout):
     """Still two convolutions and hardly more parameters, but larger filters, pools that overlap,
-    a gate for each channel (Hu et al. 2018; two small linear layers) and no hidden layer."""
+    a gate for each channel (Hu et al. 2018; two 1x1 convolutions) and no hidden layer."""
     return nn.Sequential(  # (b, 3, 32, 32)
         nn.Conv2d(3, 48, 5, padding=2), nn.MaxPool2d(3, 2, 1), nn.BatchNorm2d(48), nn.GELU(),
         nn.Conv2d(48, 192, 5, padding=2), nn.MaxPool2d(3, 2, 1), nn.BatchNorm2d(192), nn.GELU(),
@@ -670,7 +671,7 @@ class Training:
         self.optimizer = build_optimizer(self.model, settings)
         self.scheduler = build_scheduler(self.optimizer, settings, self.steps)
         self.average = AveragedModel(
-            self.model, multi_avg_fn=get_ema_multi_avg_fn(settings.ema), use_buffers=True
+            self.model, multi_avg_fn=average_with(settings.ema), use_buffers=True
         ) if settings.ema else None  # fmt: skip
         self.history = []  # a dict for each epoch, with the columns of history.csv
         self.best = {}  # weights of the epoch to keep
@@ -741,7 +742,7 @@ class Training:
             step_drawn = {name: part[now] for name, part in drawn.items()}
             images, labels = load_batch(self.data, self.settings, step_drawn)
             rates.append(self.scheduler.get_last_lr()[0])
-            logits, losses[now] = self.take_step(images, labels)
+            logits, losses[now], labels = self.take_step(images, labels)
             right += (logits.argmax(1) == labels).sum()
             if step + 1 == self.steps or time.monotonic() - shown > 0.5:
                 check_finite(losses[: now.stop : size], epoch, rates)
@@ -751,10 +752,11 @@ class Training:
         return losses, right.item(), rates
 
     def take_step(self, images, labels):
-        """One update of the weights; returns the logits and the loss before it."""
+        """One update of the weights; returns the logits and the loss before it, and the labels."""
         settings, targets = self.settings, labels
         if settings.mixup:
             images, targets = mix_up(images, labels, len(self.data.classes), settings.mixup)
+            labels = targets.argmax(1)  # of the larger part
         with autocast(settings):
             logits = self.model(images).float()
         loss = F.cross_entropy(logits, targets, label_smoothing=settings.label_smoothing)
@@ -766,7 +768,7 @@ class Training:
         self.scheduler.step()
         if self.average:
             self.average.update_parameters(self.model)
-        return logits.detach(), loss.detach()
+        return logits.detach(), loss.detach(), labels
 
     def evaluate(self, model):
         """Loss and accuracy on the split that selects the epoch to keep."""
@@ -794,6 +796,16 @@ def split_rows(data, select_on):
     if select_on == "val":
         rows, held = hold_out(data.labels)
     return rows.to(data.labels.device), held.to(data.labels.device)
+
+
+def average_with(decay):
+    """Moving average that at first forgets faster, so that no first weights are left in it."""
+
+    def update(averaged, current, count):
+        now = min(decay, (1 + count.item()) / (10 + count.item()))
+        get_ema_multi_avg_fn(now)(averaged, current, count)
+
+    return update
 
 
 def mix_up(images, labels, classes, alpha):
@@ -840,8 +852,9 @@ def fit(training, save):
             if pressed:
                 raise Interrupted
     except Interrupted:
-        done = len(training.history)
-        raise Interrupted(f"{done} of {epochs} epochs are saved; go on with") from None
+        done = f"{len(training.history)} of {epochs} epochs"
+        done += " of this network" if training.settings.ensemble > 1 else ""
+        raise Interrupted(f"{done} are saved; go on with") from None
 
 
 def row_text(row):
@@ -998,7 +1011,7 @@ def measure_kept(folder, data, settings, histories):
     RunFailed
         If the accuracy on the selecting split is not the one in the history.
     """
-    model, device = load_best(folder / "best.pt")
+    model, config = load_best(folder / "best.pt")
     model.to(data.images.device, memory_format=torch.channels_last)
     rows, held = split_rows(data, settings.select_on)
     found = {
@@ -1007,7 +1020,8 @@ def measure_kept(folder, data, settings, histories):
     }  # fmt: skip
     logits = predict(model, data.test_images, data, settings)
     found["test"] = accuracy(logits, data.test_labels)
-    if len(histories) == 1 and device == settings.device:  # another device rounds differently
+    rounds_alike = all(config[key] == getattr(settings, key) for key in ("device", "precision"))
+    if len(histories) == 1 and rounds_alike:
         check_reported(found, histories[0], settings.select_on)
     seconds = sum(row["seconds"] for history in histories for row in history)
     kept = [kept_epoch(history, settings.select_on) for history in histories]
@@ -1023,15 +1037,15 @@ def measure_kept(folder, data, settings, histories):
 
 
 def load_best(path):
-    """The network or ensemble of best.pt, and the device that its epoch was chosen on."""
+    """The network or ensemble of best.pt, and its settings as a dict."""
     checkpoint = load_checkpoint(path)
     try:
         model = build_model(checkpoint["config"])
         model.load_state_dict(checkpoint["model"])
-        device = checkpoint["config"]["device"]
+        config = asdict(Settings(**checkpoint["config"]))
     except (RuntimeError, KeyError, TypeError) as error:
         raise UserError(f"{path.name} is of another architecture ({error}): train again") from error
-    return model, device
+    return model, config
 
 
 def check_reported(found, history, select_on):
@@ -1283,7 +1297,8 @@ def plot_samples(plt, settings, data, rows=4, columns=8):
     images, labels = load_batch(data, settings, drawn)
     images = images.permute(0, 2, 3, 1).cpu() * torch.tensor(data.std) + torch.tensor(data.mean)
     figure = image_grid(plt, images.clamp(0, 1), rows, columns)
-    figure.suptitle(f"{data.name}: training images as the network sees them, each time anew")
+    mixed = ", before they are mixed" * bool(settings.mixup)
+    figure.suptitle(f"{data.name}: training images as the network sees them, each time anew{mixed}")
     for axes, label in zip(figure.axes, labels.tolist()):
         axes.set_title(data.classes[label], fontsize=9, loc="center")
     return figure
@@ -1305,7 +1320,7 @@ def plot_history(plt, history, metrics, name):
     figure, (loss, share, lr) = plt.subplots(1, 3, figsize=(12, 4))
     for axes, key, what in ((loss, "loss", "cross-entropy"), (share, "accuracy", "accuracy")):
         axes.plot(epochs, [row[f"train_{key}"] for row in history], "o-", color=BLUE,
-                  label="training (augmented, dropout)")  # fmt: skip
+                  label="training (on the way)")  # fmt: skip
         if split != "none":
             axes.plot(epochs, [row[f"eval_{key}"] for row in history], "s--", color=ORANGE,
                       label=f"{split} (clean)")  # fmt: skip
@@ -1380,7 +1395,7 @@ def parse_arguments(argv):
     """The options that were given; settings that were left out are absent."""
     bundles = "".join(
         textwrap.fill(
-            f"{name}: " + " ".join(f"--{k.replace('_', '-')} {v}" for k, v in bundle.items()),
+            f"{name}: {flags_text(bundle)}",
             78, initial_indent="  ", subsequent_indent="    ", break_on_hyphens=False,
         ) + "\n"
         for name, bundle in PRESETS.items()
@@ -1455,8 +1470,9 @@ def read_last(path, given):
                 raise ValueError(f"{option.name} is {value}")
     except (TypeError, ValueError, KeyError) as error:  # of another version of this script
         raise UserError(f"{path} holds other settings ({error}): start afresh") from error
-    if "device" in given:  # the one that may change, for a machine without the old one
-        stored = replace(stored, device=given["device"])
+    # Those that may change, for a machine without the old ones.
+    machine = {name: given[name] for name in ("device", "precision") if name in given}
+    stored = replace(stored, **machine)
     differing = [
         f"--{name.replace('_', '-')} {value} (was {getattr(stored, name)})"
         for name, value in given.items()

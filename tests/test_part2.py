@@ -264,15 +264,16 @@ def random_images(n, height=32, width=32):
 
 @pytest.mark.parametrize("size", [(32, 32), (9, 14)])
 @pytest.mark.parametrize("padding", [0, 1, 4])
-def test_crop_and_flip_is_torchvisions_image_by_image(padding, size):
+@pytest.mark.parametrize("fill, mode", [("black", "constant"), ("reflect", "reflect")])
+def test_crop_and_flip_is_torchvisions_image_by_image(padding, size, fill, mode):
     images, rng = random_images(20, *size), torch.Generator().manual_seed(padding)
     index = torch.randint(0, 20, (50,), generator=rng)
     top, left = torch.randint(-padding, padding + 1, (2, 50), generator=rng)
     mirrored = torch.rand(50, generator=rng) < 0.5
-    found = crop_and_flip(images, index, top, left, mirrored)
+    found = crop_and_flip(images, index, top, left, mirrored, fill)
     assert found.dtype == torch.uint8 and found.shape == (50, *size, 3)
     for i in range(50):
-        image = tv.pad(images[index[i]].permute(2, 0, 1), [padding] * 4)
+        image = tv.pad(images[index[i]].permute(2, 0, 1), [padding] * 4, padding_mode=mode)
         image = tv.crop(image, padding + top[i].item(), padding + left[i].item(), *size)
         image = tv.horizontal_flip(image) if mirrored[i] else image
         assert torch.equal(found[i], image.permute(1, 2, 0))

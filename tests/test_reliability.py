@@ -207,7 +207,7 @@ FLAGS = [f"--preset {preset} {SHORT}" for preset in part2.PRESETS] + [
 
 @pytest.mark.parametrize("flags", FLAGS)
 def test_resumed_run_is_bit_identical_to_an_uninterrupted_one(
-    flags, whole, few_digits, tmp_path, monkeypatch
+    flags, whole, few_digits, tmp_path, monkeypatch, capsys
 ):
     flags, folder = flags.split(), tmp_path / "cut"
     few_digits = first(few_digits, 60, 60)  # some networks are large
@@ -222,6 +222,7 @@ def test_resumed_run_is_bit_identical_to_an_uninterrupted_one(
     if "--ensemble" in flags:  # once more, in the second network
         with at_step(3 * steps + 1, press_ctrl_c):
             assert part2.main(resumed) == 130
+        assert "1 of 3 epochs of this network are saved" in capsys.readouterr().err
     assert part2.main(resumed) == 0
     assert same(outcome(folder), whole(*flags))
 
@@ -632,13 +633,22 @@ def test_damaged_best_checkpoint_is_never_reported_from(damage, whole, tmp_path,
         assert status == 2 and "best.pt" in error_line(capsys)
 
 
-@pytest.mark.parametrize("device, expected", [("cpu", 1), ("cuda", 0)])
-def test_accuracy_read_back_is_compared_where_it_was_found(device, expected, tmp_path, capsys):
+def test_a_run_may_go_on_in_another_precision(tmp_path):
+    with at_step(STEPS + 1, press_ctrl_c):
+        assert run(tmp_path) == 130
+    assert run(tmp_path, "--resume", "--precision", "bfloat16") == 0
+    assert json.loads((tmp_path / "metrics.json").read_text())["precision"] == "bfloat16"
+
+
+@pytest.mark.parametrize("found_on, expected", [
+    ({}, 1), ({"device": "cuda"}, 0), ({"precision": "bfloat16"}, 0),
+])  # fmt: skip
+def test_accuracy_read_back_is_compared_where_it_was_found(found_on, expected, tmp_path, capsys):
     """A run that goes on elsewhere rounds differently, which is not a fault."""
     with at_step(3 * STEPS, press_ctrl_c):  # only the evaluation is left
         assert run(tmp_path) == 130
     best = load_checkpoint(tmp_path / "best.pt")
-    best["config"]["device"] = device
+    best["config"] |= found_on
     best["model"]["12.bias"][:] = torch.arange(10.0)  # takes all for nines
     utils.save_checkpoint(tmp_path / "best.pt", **best)
     capsys.readouterr()

@@ -46,7 +46,7 @@ def one_step(training, seed=0, n=50):
     images = part2.normalise(training.data.images[:n], training.data.mean, training.data.std)
     labels = training.data.labels[:n]
     torch.manual_seed(seed)
-    return images, labels, *training.take_step(images, labels)
+    return images, labels, *training.take_step(images, labels)[:2]
 
 
 def weights_of(model):
@@ -88,13 +88,18 @@ def test_cutout_squares_lie_anywhere_inside():
     assert not whole["cut_top"].any()
 
 
-def test_cutout_reaches_the_batch(data):
+def test_cutout_and_fill_reach_the_batch(data):
     drawn = draw_epoch(torch.arange(200), replace(SETTINGS, cutout=8), True, 1)
-    plain, cut = (
-        part2.load_batch(data, replace(SETTINGS, cutout=size), drawn)[0] for size in (0, 8)
+    plain, cut, reflected = (
+        part2.load_batch(data, replace(SETTINGS, **options), drawn)[0]
+        for options in ({}, {"cutout": 8}, {"crop_fill": "reflect"})
     )
     assert torch.equal(cut, part2.cut_out(plain, drawn["cut_top"], drawn["cut_left"], 8))
     assert not torch.equal(cut, plain)
+    places = (drawn[name] for name in ("order", "top", "left", "mirrored"))
+    expected = part2.crop_and_flip(data.images, *places, "reflect")
+    assert torch.equal(reflected, part2.normalise(expected, data.mean, data.std))
+    assert not torch.equal(reflected, plain)
 
 
 def test_alternating_flip_shows_both_orientations_in_two_epochs():
@@ -131,6 +136,13 @@ def test_mixup_is_cross_entropy_with_the_mixed_targets(data, monkeypatch, smooth
     assert loss.item() == pytest.approx(soft_target_loss(logits, targets).item(), rel=1e-5)
 
 
+def test_of_a_mixed_image_the_larger_part_is_what_counts_as_right(data, monkeypatch):
+    monkeypatch.setattr(torch.distributions.Beta, "sample", lambda *a: torch.tensor(0.3))
+    training, labels = training_with(data, mixup=1.0), data.labels[:50]
+    images = part2.normalise(data.images[:50], data.mean, data.std)
+    assert torch.equal(training.take_step(images, labels)[2], labels.roll(1))
+
+
 def test_mixup_with_lambda_1_is_the_identity(data, monkeypatch):
     drawn_from = []
     monkeypatch.setattr(torch.distributions.Beta, "sample", lambda beta, *a: (
@@ -154,12 +166,12 @@ def test_ema_with_hardly_a_decay_is_the_model_and_with_none_is_off(data):
 
 
 def test_ema_is_the_running_mean_written_out(data):
-    training = training_with(data, ema=0.7)
+    training = training_with(data, ema=0.2)
     one_step(training)
     expected = state_of(training.model)  # the first step starts the average
-    for step in range(1, 4):
+    for step, decay in enumerate([2 / 11, 0.2, 0.2], 1):  # never more than (1 + n) / (10 + n)
         one_step(training, step)
-        expected = 0.7 * expected + 0.3 * state_of(training.model)
+        expected = decay * expected + (1 - decay) * state_of(training.model)
     assert torch.allclose(state_of(training.average.module), expected, atol=1e-6)
 
 
@@ -181,6 +193,29 @@ def test_views_make_the_logits_of_a_mirror_image_the_same(data, tta):
     assert torch.allclose(logits, mirrored, atol=1e-5)
     plain = part2.predict(model, data.images, data, SETTINGS)
     assert not torch.allclose(logits, plain, atol=1e-3)
+
+
+def test_six_views_written_out(data):
+    model = build_model(asdict(SETTINGS)).eval()
+    images, expected = data.images[:20].permute(0, 3, 1, 2), 0
+    for shift, weight in ((0, 0.25), (-1, 0.125), (1, 0.125)):
+        for mirrored in (False, True):  # with the columns shifted to the other side
+            padded = F.pad(images.float(), (1, 1, 1, 1), mode="reflect").byte()
+            column = 1 - shift if mirrored else 1 + shift
+            view = padded[:, :, 1 + shift : 33 + shift, column : column + 32]
+            view = (view.flip(3) if mirrored else view).permute(0, 2, 3, 1)
+            expected = expected + weight * model(part2.normalise(view, data.mean, data.std))
+    found = part2.predict(model, data.images[:20], data, replace(SETTINGS, tta="shift"))
+    assert torch.allclose(found, expected, atol=1e-5)
+
+
+def test_predictions_are_computed_in_the_precision_of_the_run(data):
+    seen = []
+    model = build_model(asdict(SETTINGS))
+    model[0].register_forward_hook(lambda layer, inputs, output: seen.append(output.dtype))
+    for precision in ("float32", "bfloat16"):
+        part2.predict(model, data.images[:2], data, replace(SETTINGS, precision=precision))
+    assert seen == [torch.float32, torch.bfloat16]
 
 
 def test_views_that_are_left_out_do_not_scale_the_logits(data):
@@ -206,7 +241,7 @@ def test_an_ensemble_of_one_is_the_model():
     assert torch.allclose(probs, model(images).softmax(1), atol=1e-6)
 
 
-@pytest.mark.parametrize("select_on", ["val", "last"])
+@pytest.mark.parametrize("select_on", ["val", "last", "test"])
 def test_an_ensemble_is_weighted_by_accuracy_on_held_out_images_only(data, tmp_path, select_on):
     settings = replace(SETTINGS, ensemble=2, select_on=select_on)
     members = [
@@ -215,8 +250,14 @@ def test_an_ensemble_is_weighted_by_accuracy_on_held_out_images_only(data, tmp_p
     ]
     part2.save_best(tmp_path, settings, members, data)
     weights = part2.load_best(tmp_path / "best.pt")[0].weights
-    expected = {"val": [0.6, 0.4], "last": [0.5, 0.5]}[select_on]
+    expected = [0.6, 0.4] if select_on == "val" else [0.5, 0.5]
     assert torch.allclose(weights, torch.tensor(expected))
+
+
+def test_networks_of_an_ensemble_are_of_different_seeds(data, tmp_path):
+    part2.train_members(replace(SETTINGS, ensemble=2, epochs=1), data, tmp_path)
+    first, second = part2.load_best(tmp_path / "best.pt")[0].members
+    assert not torch.allclose(weights_of(first), weights_of(second), atol=0.01)
 
 
 def test_an_ensemble_averages_probabilities_by_weight():
@@ -354,14 +395,13 @@ def test_warmup_takes_at_most_half_of_the_steps():
 
 
 def test_gradient_norm_after_clipping(data):
-    free, clipped = (training_with(data, grad_clip=limit) for limit in (0.0, 0.05))
-    for training in (free, clipped):
+    moved = []
+    for limit in (0.0, 0.05):
+        training = training_with(data, grad_clip=limit, optimizer="sgd", momentum=0.0, lr=1.0)
+        before = weights_of(training.model)
         one_step(training)
-    norms = [
-        torch.cat([p.grad.flatten() for p in training.model.parameters()]).norm().item()
-        for training in (free, clipped)
-    ]
-    assert norms[0] > 0.1 and norms[1] == pytest.approx(0.05, rel=1e-3)
+        moved.append((weights_of(training.model) - before).norm().item())
+    assert moved[0] > 0.1 and moved[1] == pytest.approx(0.05, rel=1e-3)
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "adamw", "sgd"])
@@ -406,9 +446,31 @@ def test_the_first_layer_starts_white_and_stays_so_only_in_strong(data, name):
 
 
 def test_strong_starts_by_passing_its_input_through():
-    conv = part2.identity_conv(5, 9)
-    images = torch.randn(2, 5, 8, 8)
-    assert torch.allclose(conv(images)[:, :5], images, atol=1e-6)
+    layers = list(build_model(asdict(SETTINGS) | {"model": "strong"}))
+    convs = [layer for layer in layers[1:] if isinstance(layer, nn.Conv2d)]
+    assert len(convs) == sum(isinstance(layer, part2.BiasNorm) for layer in layers) == 6
+    for conv in convs:
+        images = torch.randn(2, conv.in_channels, 8, 8)
+        assert torch.allclose(conv(images)[:, : conv.in_channels], images, atol=1e-6)
+
+
+@pytest.mark.parametrize("name, inputs", [("tuned", 3072), ("strong", 256)])
+def test_the_last_layer_starts_small(name, inputs):
+    weights = build_model(asdict(SETTINGS) | {"model": name})[-1].weight
+    assert weights.shape == (10, inputs)
+    assert weights.std().item() == pytest.approx(1 / inputs, rel=0.1)
+
+
+def test_the_pool_before_the_head_of_tuned_sums_more_than_a_mean():
+    pool = next(m for m in build_model(asdict(SETTINGS) | {"model": "tuned"}) if isinstance(m, nn.AvgPool2d))
+    assert pool(torch.ones(1, 1, 8, 8))[0, 0, 1:, 1:].unique().tolist() == [4.5]
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_dropout_reaches_every_network(name):
+    shares = [layer.p for layer in build_model(asdict(SETTINGS) | {"model": name, "dropout": 0.3}).modules()
+              if isinstance(layer, nn.Dropout)]  # fmt: skip
+    assert shares == [0.3]
 
 
 @pytest.mark.parametrize("preset", PRESETS)
