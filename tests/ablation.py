@@ -8,6 +8,7 @@ Each run trains on all training images, keeps its last epoch and is tested once.
 added to outputs/ablation/results.csv when it ends; runs that have a row are not made again.
 A row is known by its preset's name and the flags that were changed, so when a preset or the
 training itself changes, delete its rows and the checkpoints of its runs.
+Precision and seconds are those of the machine: compare rows of one machine only.
 A run that was stopped goes on after its last epoch: its checkpoints are kept in a folder
 beside that of the table, named like it with "-runs" at the end.
 """
