@@ -1011,7 +1011,7 @@ def measure_kept(folder, data, settings, histories):
     RunFailed
         If the accuracy on the selecting split is not the one in the history.
     """
-    model, config = load_best(folder / "best.pt")
+    model, made_with = load_best(folder / "best.pt")
     model.to(data.images.device, memory_format=torch.channels_last)
     rows, held = split_rows(data, settings.select_on)
     found = {
@@ -1020,8 +1020,8 @@ def measure_kept(folder, data, settings, histories):
     }  # fmt: skip
     logits = predict(model, data.test_images, data, settings)
     found["test"] = accuracy(logits, data.test_labels)
-    rounds_alike = all(config[key] == getattr(settings, key) for key in ("device", "precision"))
-    if len(histories) == 1 and rounds_alike:
+    machine = settings.device, settings.precision  # another one rounds differently
+    if len(histories) == 1 and (made_with.device, made_with.precision) == machine:
         check_reported(found, histories[0], settings.select_on)
     seconds = sum(row["seconds"] for history in histories for row in history)
     kept = [kept_epoch(history, settings.select_on) for history in histories]
@@ -1037,15 +1037,15 @@ def measure_kept(folder, data, settings, histories):
 
 
 def load_best(path):
-    """The network or ensemble of best.pt, and its settings as a dict."""
+    """The network or ensemble of best.pt, and its settings."""
     checkpoint = load_checkpoint(path)
     try:
         model = build_model(checkpoint["config"])
         model.load_state_dict(checkpoint["model"])
-        config = asdict(Settings(**checkpoint["config"]))
+        made_with = Settings(**checkpoint["config"])
     except (RuntimeError, KeyError, TypeError) as error:
         raise UserError(f"{path.name} is of another architecture ({error}): train again") from error
-    return model, config
+    return model, made_with
 
 
 def check_reported(found, history, select_on):
