@@ -16,12 +16,13 @@ import ablation
 import bench_part2
 import part2_cifar_cnn as part2
 from part2_cifar_cnn import PRESETS, Settings, Training, build_model, draw_epoch
-from utils import RunFailed, UserError, write_csv
+from utils import RunFailed, UserError, load_pyplot, write_csv
 
 SETTINGS = Settings(
     dataset="digits", device="cpu", precision="float32", select_on="last", batch_size=50
 )
-PARAMETERS = {"small": 282_442, "tuned": 284_112, "strong": 1_972_792, "resnet18": 11_173_962}
+PARAMETERS = {"small": 282_442, "tuned": 284_112, "strong": 1_972_792, "wide": 4_606_520,
+              "resnet18": 11_173_962}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -436,13 +437,13 @@ def test_whitened_filters_decorrelate_the_patches():
     assert 0.7 < covariance.diag().min() and covariance.diag().max() < 1.01
 
 
-@pytest.mark.parametrize("name", ["tuned", "strong"])
-def test_the_first_layer_starts_white_and_stays_so_only_in_strong(data, name):
+@pytest.mark.parametrize("name", ["tuned", "strong", "wide"])
+def test_the_first_layer_starts_white_and_stays_so_unless_tuned(data, name):
     training = training_with(replace(data, images=data.images[:100], labels=data.labels[:100]), model=name)
     before = training.model[0].weight.detach().clone()
     assert torch.equal(before[: len(before) // 2], -before[len(before) // 2 :])
     one_step(training)
-    assert torch.equal(training.model[0].weight, before) == (name == "strong")
+    assert torch.equal(training.model[0].weight, before) == (name != "tuned")
 
 
 def test_strong_starts_by_passing_its_input_through():
@@ -454,7 +455,7 @@ def test_strong_starts_by_passing_its_input_through():
         assert torch.allclose(conv(images)[:, : conv.in_channels], images, atol=1e-6)
 
 
-@pytest.mark.parametrize("name, inputs", [("tuned", 3072), ("strong", 256)])
+@pytest.mark.parametrize("name, inputs", [("tuned", 3072), ("strong", 256), ("wide", 384)])
 def test_the_last_layer_starts_small(name, inputs):
     weights = build_model(asdict(SETTINGS) | {"model": name})[-1].weight
     assert weights.shape == (10, inputs)
@@ -541,6 +542,9 @@ def test_suggestions_are_what_the_run_has_not_and_may_gain_from(capsys):
     for options in {}, strong:
         assert "--preset strong --epochs 20 --ensemble 4" in suggested(capsys, four, **options)
     assert "--ensemble" not in suggested(capsys, four, **strong | {"epochs": 20, "ensemble": 4})
+    slow = [ROWS[0] | {"preset": "resnet18", "change": "epochs", "value": "14",
+                       "test_accuracy": 0.93}, *ROWS]  # fmt: skip
+    assert "resnet18" not in suggested(capsys, slow)  # strong as it is bought more
     assert "nothing is better" in suggested(capsys, [])
 
 
@@ -577,6 +581,16 @@ def test_the_report_of_the_table_has_each_change_and_a_plot(tmp_path, capsys):
     assert "| `--preset baseline` | 2 | 69.00 +- 1.41 |  | 100 |" in text
     assert "| `--dropout 0.1` | 2 | 73.00 +- 0.00 | +4.0 +- 1.4 | 100 |" in text
     assert imread(tmp_path / "accuracy_vs_seconds.png").std() > 0.01
+
+
+def test_the_plot_has_a_point_for_each_preset_and_for_longer_runs_of_one():
+    longer = [("baseline", "epochs", "20"), ("strong", "model epochs", "wide 30"),
+              ("strong", "epochs ensemble", "20 4")]  # fmt: skip
+    rows = [ROWS[0] | dict(zip(("preset", "change", "value"), row)) for row in longer]
+    figure = ablation.plot(load_pyplot(), part2.measured_gains(ROWS + rows))
+    named = {text.get_text().split(" (")[0] for text in figure.axes[0].texts}
+    published = {name for name, *_ in ablation.PUBLISHED}
+    assert named - published == {"baseline", "strong", "wide, 30 epochs", "4 of strong, 20 epochs"}
 
 
 def test_the_summary_shows_the_committed_table():
