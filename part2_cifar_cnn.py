@@ -119,9 +119,10 @@ PRESETS = {
         "label_smoothing": 0.2, "tta": "shift", "select_on": "last",
     },
     "resnet18": {
-        "model": "resnet18", "dropout": 0.0, "epochs": 100, "optimizer": "sgd", "lr": 0.1,
-        "weight_decay": 5e-4, "schedule": "cosine", "warmup_epochs": 2.0, "cutout": 8,
-        "mixup": 0.2, "tta": "flip", "select_on": "last",
+        "model": "resnet18", "dropout": 0.0, "flip": "alternating", "cutout": 8, "epochs": 14,
+        "batch_size": 500, "optimizer": "muon", "lr": 0.12, "momentum": 0.6,
+        "weight_decay": 0.01, "schedule": "linear", "label_smoothing": 0.1, "tta": "shift",
+        "select_on": "last",
     },
 }  # fmt: skip
 
