@@ -73,7 +73,7 @@ class Settings:
     crop_fill: str = flag("black", "what a shift brings in", choices=("black", "reflect"))
     flip: str = flag("random", "mirroring; alternating mirrors every second epoch",
                      choices=("none", "random", "alternating"))  # fmt: skip
-    cutout: int = flag(0, "side of a square that is blanked, in pixels", type=integer(0, 32))
+    cutout: int = flag(0, "side of a square that is blanked, in pixels", type=integer(0, 31))
     mixup: float = flag(0.0, "alpha of the Beta distribution of mixing", type=number(0, 100))
     # optimisation
     epochs: int = flag(10, "passes over the training images", type=integer(1))
@@ -509,7 +509,10 @@ def resnet18(dropout):
 
 
 class Ensemble(nn.Module):
-    """Networks whose probabilities are averaged with ``weights`` that sum to 1."""
+    """Networks whose probabilities are averaged with ``weights`` that sum to 1.
+
+    Of one view; views are averaged afterwards, as those of a single network (`predict`).
+    """
 
     def __init__(self, members):
         super().__init__()
@@ -892,7 +895,6 @@ def train_members(settings, data, folder, checkpoint=None):
             checkpoint = None
         elif not members:  # from here on the folder belongs to this run
             save_last(folder, settings, members, training)
-            write_json(folder / "config.json", asdict(settings))
         if settings.ensemble > 1:
             say(f"  network {len(members) + 1} of {settings.ensemble}")
         fit(training, partial(save_epoch, folder, settings, members, training))
@@ -926,11 +928,12 @@ def save_epoch(folder, settings, members, training):
 
 
 def save_last(folder, settings, members, training):
-    """last.pt: the networks that are complete, and all of the one in training."""
+    """last.pt: the networks that are complete, and all of the one in training; config.json."""
     save_checkpoint(
         folder / "last.pt", **about(replace(settings, ensemble=1), training.data),
         **training.state(), members=members, ensemble=settings.ensemble,
     )  # fmt: skip
+    write_json(folder / "config.json", asdict(settings))
 
 
 def save_best(folder, settings, members, data):
@@ -1401,7 +1404,7 @@ def parse_arguments(argv):
     """The options that were given; settings that were left out are absent."""
     bundles = "".join(
         textwrap.fill(
-            f"{name}: {flags_text(bundle)}",
+            f"{name}: {flags_text(bundle) or 'the defaults'}",
             78, initial_indent="  ", subsequent_indent="    ", break_on_hyphens=False,
         ) + "\n"
         for name, bundle in PRESETS.items()
@@ -1432,6 +1435,8 @@ def check_combination(settings, given):
         raise UserError(f"--mixup {settings.mixup:g} is too small to mix: give 0 or at least 0.001")
     if "momentum" in given and settings.optimizer in ("adam", "adamw"):
         raise UserError(f"--momentum is for sgd and muon; {settings.optimizer} has its own")
+    if "crop_fill" in given and not settings.crop_padding:
+        raise UserError("--crop-fill is for shifted images: give a --crop-padding, too")
 
 
 def resolve(settings):

@@ -11,6 +11,7 @@ from collections import Counter
 from contextlib import redirect_stdout
 from dataclasses import asdict, fields, replace
 from io import StringIO
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -616,6 +617,28 @@ def test_default_folder_of_the_digits_is_their_own(quick, tmp_path, monkeypatch)
     assert part2.main("--dataset digits --epochs 1".split()) == 0
     assert [path.name for path in tmp_path.iterdir()] == ["outputs"]
     assert [path.name for path in (tmp_path / "outputs").iterdir()] == ["part2-digits"]
+
+
+@pytest.mark.parametrize("options, name", [
+    ({}, "part2"), ({"seed": 1}, "part2"), ({"dropout": 0.1}, "part2-baseline"),
+    ({"dataset": "digits"}, "part2-digits"), ({"preset": "strong"}, "part2-strong"),
+    ({"preset": "strong", "dataset": "digits"}, "part2-strong-digits"),
+])  # fmt: skip
+def test_default_folder_tells_presets_and_data_sets_apart(options, name):
+    settings = part2.Settings(**part2.PRESETS[options.get("preset", "baseline")] | options)
+    assert part2.default_folder(settings) == Path("outputs", name)
+
+
+def test_help_spells_out_each_preset(capsys):
+    with pytest.raises(SystemExit):
+        part2.main(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    for name, bundle in part2.PRESETS.items():
+        assert f"{name}: {part2.flags_text(bundle) or 'the defaults'}" in text
+
+
+def test_a_run_on_digits_says_that_they_are_not_mirrored(run):
+    assert "Mirrored digits are others: --flip" in " ".join(run.text.split())
 
 
 # ---------------------------------------------------------------------- README

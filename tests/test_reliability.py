@@ -637,7 +637,8 @@ def test_a_run_may_go_on_in_another_precision(tmp_path):
     with at_step(STEPS + 1, press_ctrl_c):
         assert run(tmp_path) == 130
     assert run(tmp_path, "--resume", "--precision", "bfloat16") == 0
-    assert json.loads((tmp_path / "metrics.json").read_text())["precision"] == "bfloat16"
+    for name in ("config.json", "metrics.json"):
+        assert json.loads((tmp_path / name).read_text())["precision"] == "bfloat16"
 
 
 @pytest.mark.parametrize("found_on, expected", [
@@ -924,10 +925,19 @@ WRONG = (
     "--epochs 0|--epochs -1|--epochs 1.5|--epochs many|--batch-size 0|--batch-size -8|--lr 0|"
     "--lr -1|--lr nan|--lr inf|--lr fast|--dropout 1|--dropout -0.1|--dropout nan|--seed -1|"
     "--device nonsense|--device meta|--device hpu|--device cuda:99|--precision float16|"
-    "--select-on train|--dataset mnist|--unheard-of|--see 1|stray"
+    "--select-on train|--dataset mnist|--unheard-of|--see 1|stray|--cutout 32|--mixup 0.0001|"
+    "--momentum 0.5|--crop-fill reflect --crop-padding 0"
 ).split("|") + [
     f"--seed 1{'0' * 400}", f"--epochs {'9' * 5000}", "--output-dir a-file",
 ]  # fmt: skip
+
+
+def test_an_option_beside_a_preset_wins(tmp_path):
+    options = "--preset tuned --epochs 1 --warmup-epochs 0.5 --tta none"
+    assert run(tmp_path, *options.split()) == 0
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert (config["tta"], config["batch_size"]) == ("none", 32)
+    assert (config["model"], config["optimizer"]) == ("tuned", "muon")
 
 
 @pytest.mark.parametrize("options", WRONG, ids=lambda text: text[:30])

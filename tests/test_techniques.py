@@ -4,6 +4,7 @@ import copy
 import math
 import signal
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -85,8 +86,8 @@ def test_cutout_squares_lie_anywhere_inside():
     drawn = draw_epoch(torch.arange(20_000), replace(SETTINGS, cutout=8), True, 1)
     for name in ("cut_top", "cut_left"):
         assert sorted(set(drawn[name].tolist())) == list(range(25))
-    whole = draw_epoch(torch.arange(10), replace(SETTINGS, cutout=32), True, 1)
-    assert not whole["cut_top"].any()
+    largest = draw_epoch(torch.arange(100), replace(SETTINGS, cutout=31), True, 1)
+    assert sorted(set(largest["cut_top"].tolist())) == [0, 1]
 
 
 def test_cutout_and_fill_reach_the_batch(data):
@@ -113,6 +114,11 @@ def test_alternating_flip_shows_both_orientations_in_two_epochs():
         mirrored.append(by_image)
     assert torch.equal(mirrored[0], ~mirrored[1]) and torch.equal(mirrored[0], mirrored[2])
     assert 400 < mirrored[0].sum() < 600
+
+
+def test_without_flip_nothing_is_mirrored():
+    drawn = draw_epoch(torch.arange(500), replace(SETTINGS, flip="none"), True, 1)
+    assert not drawn["mirrored"].any()
 
 
 # ---------------------------------------------------------------- soft targets
@@ -144,14 +150,16 @@ def test_of_a_mixed_image_the_larger_part_is_what_counts_as_right(data, monkeypa
     assert torch.equal(training.take_step(images, labels)[2], labels.roll(1))
 
 
-def test_mixup_with_lambda_1_is_the_identity(data, monkeypatch):
+def test_mixup_with_lambda_1_is_the_identity_and_draws_with_the_alpha_asked_for(data, monkeypatch):
     drawn_from = []
     monkeypatch.setattr(torch.distributions.Beta, "sample", lambda beta, *a: (
         drawn_from.extend([beta.concentration0.item(), beta.concentration1.item()]),
         torch.tensor(1.0))[1])  # fmt: skip
-    images, labels = torch.randn(8, 3, 32, 32), data.labels[:8]
-    mixed, targets = part2.mix_up(images, labels, 10, alpha=0.2)
+    one_step(training_with(data, mixup=0.2))
     assert drawn_from == pytest.approx([0.2, 0.2])
+    images, labels = torch.randn(8, 3, 32, 32), data.labels[:8]
+    mixed, targets = part2.mix_up(images, labels, 10, alpha=0.3)
+    assert drawn_from[2:] == pytest.approx([0.3, 0.3])
     assert torch.equal(mixed, images)
     assert torch.equal(targets, F.one_hot(labels, 10).float())
 
@@ -246,7 +254,8 @@ def test_an_ensemble_of_one_is_the_model():
 def test_an_ensemble_is_weighted_by_accuracy_on_held_out_images_only(data, tmp_path, select_on):
     settings = replace(SETTINGS, ensemble=2, select_on=select_on)
     members = [
-        {"best": build_model(asdict(SETTINGS)).state_dict(), "history": [{"eval_accuracy": share}]}
+        {"best": build_model(asdict(SETTINGS)).state_dict(),
+         "history": [{"eval_accuracy": share}, {"eval_accuracy": 0.1}]}
         for share in (0.9, 0.6)
     ]
     part2.save_best(tmp_path, settings, members, data)
@@ -441,7 +450,9 @@ def test_whitened_filters_decorrelate_the_patches():
 def test_the_first_layer_starts_white_and_stays_so_unless_tuned(data, name):
     training = training_with(replace(data, images=data.images[:100], labels=data.labels[:100]), model=name)
     before = training.model[0].weight.detach().clone()
-    assert torch.equal(before[: len(before) // 2], -before[len(before) // 2 :])
+    white = copy.deepcopy(training.model[0])
+    part2.whiten(white, part2.normalise(data.images[:100], data.mean, data.std))
+    assert torch.equal(before, white.weight)
     one_step(training)
     assert torch.equal(training.model[0].weight, before) == (name != "tuned")
 
@@ -598,7 +609,7 @@ def test_the_summary_shows_the_committed_table():
     assert len(lines) > 10 and "\n".join(lines) in summary
 
 
-def test_the_table_gets_one_row_a_run_and_no_run_twice(loaded, monkeypatch, tmp_path):
+def test_the_table_gets_one_row_a_run_and_no_run_twice(data, loaded, monkeypatch, tmp_path):
     table, trained = tmp_path / "ablation" / "results.csv", []
     epoch = Training.run_epoch
     monkeypatch.setattr(Training, "run_epoch", lambda self, *a: (trained.append(self), epoch(self, *a)))
@@ -611,6 +622,13 @@ def test_the_table_gets_one_row_a_run_and_no_run_twice(loaded, monkeypatch, tmp_
         ("none", ""), ("tta", "flip"), ("tta", "shift"),
     ]  # fmt: skip
     assert len(trained) == 10  # other views of the test images need no new training
+    for row in rows:
+        settings = ablation.settings_of("baseline", {"tta": row["value"] or "none"}, 0, "digits")
+        folder = ablation.checkpoints_of(settings, Path(f"{table.parent}-runs"))
+        model, _ = part2.load_best(folder / "best.pt")
+        logits = part2.predict(model, data.test_images, data, settings)
+        assert row["test_accuracy"] == part2.accuracy(logits, data.test_labels)
+    assert len({row["test_accuracy"] for row in rows}) > 1
     assert list(rows[0]) == (
         "preset change value seed dataset epochs parameters test_accuracy train_seconds".split()
     )
