@@ -29,6 +29,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from utils import UserError, command, integer
+
 SIDES = ("plain", "ours", "torchvision", "order", "warmup", "float32", "bfloat16", "rounded")
 
 
@@ -223,16 +225,17 @@ def flops_per_image():
     return counter.get_total_flops() / 128
 
 
-def main():
+@command
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data-dir", required=True)
-    parser.add_argument("--epochs", type=int, default=10)
-    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--epochs", type=integer(1), default=10)
+    parser.add_argument("--seeds", type=integer(1), default=1)
     parser.add_argument("--sides", nargs="+", default=["plain", "ours"], choices=SIDES)
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--seed", type=int, help=argparse.SUPPRESS)
-    a = parser.parse_args()
+    a = parser.parse_args(argv)
     if a.profile:
         return profile(a.data_dir)
     if a.child:
@@ -249,10 +252,12 @@ def main():
           flush=True)  # fmt: skip
     for seed in range(a.seeds):
         for side in a.sides:
-            command = [sys.executable, __file__, "--child", side, "--seed", str(seed),
-                       "--data-dir", a.data_dir, "--epochs", str(a.epochs)]  # fmt: skip
-            out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-            result = json.loads(out.splitlines()[-1])
+            run = [sys.executable, __file__, "--child", side, "--seed", str(seed),
+                   "--data-dir", a.data_dir, "--epochs", str(a.epochs)]  # fmt: skip
+            done = subprocess.run(run, capture_output=True, text=True)
+            if done.returncode:
+                raise UserError(f"{side} failed: {done.stderr.strip().splitlines()[-1]}")
+            result = json.loads(done.stdout.splitlines()[-1])
             results[side].append(result)
             pace = statistics.median(result["seconds"])
             share = operations / pace / 1e9 / peaks[precision_of(side)]
