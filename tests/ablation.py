@@ -39,8 +39,8 @@ CHANGES = {
     ],
     "tuned": [{}, {"tta": "none"}],
     "strong": [
-        {}, {"tta": "none"}, {"optimizer": "sgd", "lr": 0.2, "momentum": 0.85},
-        {"label_smoothing": 0.0}, {"flip": "random"}, {"schedule": "none"},
+        {}, {"tta": "none"}, {"optimizer": "adamw", "lr": 0.002}, {"label_smoothing": 0.0},
+        {"flip": "random"}, {"schedule": "none"},
         {"epochs": 20, "cutout": 8, "ensemble": 4},
         {"model": "wide", "epochs": 36, "crop_padding": 4, "cutout": 12},
     ],
