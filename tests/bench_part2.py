@@ -256,7 +256,8 @@ def main(argv=None):
                    "--data-dir", a.data_dir, "--epochs", str(a.epochs)]  # fmt: skip
             done = subprocess.run(run, capture_output=True, text=True)
             if done.returncode:
-                raise UserError(f"{side} failed: {done.stderr.strip().splitlines()[-1]}")
+                why = done.stderr.strip().splitlines()[-1].removeprefix("error: ")
+                raise UserError(f"{side} failed: {why}")
             result = json.loads(done.stdout.splitlines()[-1])
             results[side].append(result)
             pace = statistics.median(result["seconds"])
@@ -273,4 +274,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
