@@ -892,9 +892,11 @@ def train_members(settings, data, folder, checkpoint=None):
         training = Training(replace(settings, seed=seed), data)
         if checkpoint:
             restore(training, checkpoint, folder / "last.pt")
-            checkpoint = None
         elif not members:  # from here on the folder belongs to this run
             save_last(folder, settings, members, training)
+        if checkpoint or not members:
+            write_json(folder / "config.json", asdict(settings))
+        checkpoint = None
         if settings.ensemble > 1:
             say(f"  network {len(members) + 1} of {settings.ensemble}")
         fit(training, partial(save_epoch, folder, settings, members, training))
@@ -928,12 +930,11 @@ def save_epoch(folder, settings, members, training):
 
 
 def save_last(folder, settings, members, training):
-    """last.pt: the networks that are complete, and all of the one in training; config.json."""
+    """last.pt: the networks that are complete, and all of the one in training."""
     save_checkpoint(
         folder / "last.pt", **about(replace(settings, ensemble=1), training.data),
         **training.state(), members=members, ensemble=settings.ensemble,
     )  # fmt: skip
-    write_json(folder / "config.json", asdict(settings))
 
 
 def save_best(folder, settings, members, data):
