@@ -892,11 +892,10 @@ def train_members(settings, data, folder, checkpoint=None):
         training = Training(replace(settings, seed=seed), data)
         if checkpoint:
             restore(training, checkpoint, folder / "last.pt")
+            checkpoint = None
         elif not members:  # from here on the folder belongs to this run
             save_last(folder, settings, members, training)
-        if checkpoint or not members:
-            write_json(folder / "config.json", asdict(settings))
-        checkpoint = None
+        write_json(folder / "config.json", asdict(settings))
         if settings.ensemble > 1:
             say(f"  network {len(members) + 1} of {settings.ensemble}")
         fit(training, partial(save_epoch, folder, settings, members, training))

@@ -30,8 +30,8 @@ from utils import (
 CHANGES = {
     "baseline": [
         {}, {"dropout": 0.1}, {"crop_padding": 0}, {"crop_fill": "reflect"}, {"flip": "none"},
-        {"flip": "alternating"}, {"cutout": 8}, {"mixup": 0.2}, {"schedule": "cosine"}, {"schedule": "linear"},
-        {"warmup_epochs": 2.0}, {"optimizer": "adamw", "weight_decay": 0.01},
+        {"flip": "alternating"}, {"cutout": 8}, {"mixup": 0.2}, {"schedule": "cosine"},
+        {"schedule": "linear"}, {"warmup_epochs": 2.0}, {"optimizer": "adamw", "weight_decay": 0.01},
         {"weight_decay": 0.0005}, {"optimizer": "sgd", "lr": 0.05},
         {"optimizer": "muon", "lr": 0.1, "momentum": 0.6}, {"label_smoothing": 0.1},
         {"grad_clip": 1.0}, {"ema": 0.99}, {"tta": "flip"}, {"tta": "shift"}, {"epochs": 20},

@@ -450,6 +450,7 @@ def test_whitened_filters_decorrelate_the_patches():
 def test_the_first_layer_starts_white_and_stays_so_unless_tuned(data, name):
     training = training_with(replace(data, images=data.images[:100], labels=data.labels[:100]), model=name)
     before = training.model[0].weight.detach().clone()
+    assert torch.equal(before[: len(before) // 2], -before[len(before) // 2 :])
     white = copy.deepcopy(training.model[0])
     part2.whiten(white, part2.normalise(data.images[:100], data.mean, data.std))
     assert torch.equal(before, white.weight)
@@ -605,7 +606,7 @@ def test_the_plot_has_a_point_for_each_preset_and_for_the_best_run():
 
 def test_the_summary_shows_the_committed_table():
     lines = ablation.table_of(part2.measured_gains(part2.read_table()))
-    summary = (ablation.Path(part2.__file__).parent / "SUMMARY.md").read_text(encoding="utf-8")
+    summary = (Path(part2.__file__).parent / "SUMMARY.md").read_text(encoding="utf-8")
     assert len(lines) > 10 and "\n".join(lines) in summary
 
 
