@@ -63,8 +63,10 @@ def command(main):
         except (UserError, RunFailed) as error:
             print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
             return 2 if isinstance(error, UserError) else 1
-        except MemoryError:
-            print("error: not enough memory: give fewer or smaller data", file=sys.stderr)
+        except (MemoryError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and "allocate" not in str(error):  # torch's
+                raise
+            print("error: not enough memory: give less data or smaller batches", file=sys.stderr)
             return 2
         except KeyboardInterrupt as stop:
             print(f"\ninterrupted{f': {stop}' if str(stop) else ''}", file=sys.stderr)
@@ -161,7 +163,8 @@ def ctrl_c():
 
 def check_output(path):
     """Raise a UserError unless the folder ``path`` is, or could be made, writable."""
-    there = next(part for part in (path.absolute(), *path.absolute().parents) if part.exists())
+    parts = (path.absolute(), *path.absolute().parents)
+    there = next(part for part in parts if os.path.exists(part))  # no error where it is forbidden
     if not (there.is_dir() and os.access(there, os.W_OK)):
         raise UserError(
             f"cannot write into the folder {path} ({there} is not a writable folder): "

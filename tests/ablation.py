@@ -47,6 +47,20 @@ CHANGES = {
     "resnet18": [{}],
 }  # fmt: skip
 
+# The strategies of the table, and the settings that belong to each.
+STRATEGIES = {
+    "another network": {"preset", "model"},
+    "longer training": {"epochs"},
+    "several networks": {"ensemble"},
+    "less dropout": {"dropout"},
+    "shifts and mirrors": {"crop_padding", "crop_fill", "flip"},
+    "cutout and mixup": {"cutout", "mixup"},
+    "another course of the learning rate": {"warmup_epochs", "schedule"},
+    "another optimiser, decay, clipping": {"optimizer", "weight_decay", "grad_clip"},
+    "softer labels": {"label_smoothing"},
+    "averages of weights or of views": {"ema", "tta"},
+}
+
 # Name, test accuracy in percent, seconds of training as published, on what; height of the label.
 PUBLISHED = (
     ("hiverge cifar10-speedrun", 94.01, 2.0, "A100", 22),
@@ -76,12 +90,15 @@ def run(settings, data, folder):
     checkpoint = None
     if (folder / "last.pt").exists():
         trained_with = {key: value for key, value in asdict(settings).items() if key != "tta"}
-        checkpoint, _ = part2.read_last(folder / "last.pt", trained_with)
+        try:
+            checkpoint, _ = part2.read_last(folder / "last.pt", trained_with)
+        except UserError as error:
+            raise UserError(f"delete {folder} to make this run anew: {error}") from error
     try:
         histories = part2.train_members(settings, data, output_folder(folder), checkpoint)
     except KeyboardInterrupt:
         raise Interrupted("what is trained is saved; the same command goes on") from None
-    metrics, _ = part2.measure_kept(folder, data, settings, histories)
+    metrics, _ = part2.measure_kept(folder, data, settings, histories, checkpoint is not None)
     return metrics
 
 
@@ -97,26 +114,61 @@ def checkpoints_of(settings, runs):
 
 
 def report(path):
-    """Print the table as Markdown and draw accuracy against seconds beside it."""
-    gains = part2.measured_gains(part2.read_table(path))
+    """Print the tables as Markdown and draw accuracy against seconds beside it."""
+    rows = part2.read_table(path)
+    gains = part2.measured_gains(rows)
     if not gains:
         raise UserError(f"{path} has no run of the baseline on CIFAR-10: make one to compare with")
-    say(*table_of(gains))
+    say(*strategies_table(rows), "", *presets_table(rows))
     plt = load_pyplot()
     save_figure(plot(plt, gains), path.with_name("accuracy_vs_seconds.png"))
 
 
-def table_of(gains):
-    """Lines of a Markdown table, the largest gain first."""
+def strategies_table(rows):
+    """Lines of Markdown: what changes of the baseline and presets as they are added to it.
+
+    The strategy of the largest gain comes first, and in each strategy its largest gain.
+    """
+    groups = {}
+    for gain in part2.measured_gains(rows):
+        change = gain["change"]
+        if change and (change.keys() == {"preset"} or "preset" not in change):
+            groups.setdefault(strategy_of(change), []).append(gain)
+    groups = {f"{i}. {name}": gains for i, (name, gains) in enumerate(groups.items(), 1)}
+    return grouped_table("strategy", "points over the baseline", groups)
+
+
+def strategy_of(change):
+    return next(name for name, settings in STRATEGIES.items() if settings & change.keys())
+
+
+def presets_table(rows):
+    """Lines of Markdown: what changes of the other presets added to them."""
+    return grouped_table("preset", "points over it", {
+        preset: [
+            gain | {"change": {key: change[key] for key in change if key != "preset"}}
+            for gain in part2.measured_gains(rows, preset)
+            if (change := gain["change"]).get("preset") == preset
+        ]
+        for preset in CHANGES if preset != "baseline"
+    })  # fmt: skip
+
+
+def grouped_table(title, points, groups):
+    """Lines of a Markdown table of gains; each group's name is in its first row."""
     return [
-        "| flags | runs | test accuracy (%) | points over the baseline | training seconds |",
-        "|---|---|---|---|---|",
+        f"| {title} | flags | runs | test accuracy (%) | {points} | training seconds |",
+        "|---|---|---|---|---|---|",
     ] + [
-        f"| `{part2.flags_text(gain['change']) or '--preset baseline'}` | {gain['runs']} "
+        f"| {name if i == 0 else ''} | {flags_cell(gain['change'])} | {gain['runs']} "
         f"| {gain['accuracy']:.2f}{part2.spread_text(gain['accuracy_std'], 2)} "
         f"| {part2.gain_text(gain) if gain['change'] else ''} | {gain['seconds']:.0f} |"
-        for gain in gains
+        for name, gains in groups.items() for i, gain in enumerate(gains)
     ]  # fmt: skip
+
+
+def flags_cell(change):
+    return f"`{part2.flags_text(change)}`" if change else "as it is"
 
 
 def plot(plt, gains):
@@ -189,7 +241,7 @@ def measure(runs, a):
     data = None
     for seed, preset, change in runs:
         name = name_of(preset, change, seed) | {"dataset": a.dataset}
-        if any(name.items() <= row.items() for row in part2.read_table(a.table)):
+        if has_row(a.table, name):
             continue
         settings = settings_of(preset, change, seed, a.dataset)
         if data is None:
@@ -203,12 +255,18 @@ def measure(runs, a):
             say(f"  no row: {error}")
             continue
         share, seconds = metrics["test_accuracy"], metrics["train_seconds"]
+        if has_row(a.table, name):  # another process made it meanwhile
+            continue
         rows = [*part2.read_table(a.table), name | {
             "epochs": settings.epochs, "parameters": metrics["parameters"],
             "test_accuracy": share, "train_seconds": round(seconds, 1),
         }]  # fmt: skip
         write_csv(a.table, {key: [row[key] for row in rows] for key in rows[0]})
         say(f"  test accuracy {share:.2%} after {seconds:.0f} s")
+
+
+def has_row(table, name):
+    return any(name.items() <= row.items() for row in part2.read_table(table))
 
 
 if __name__ == "__main__":

@@ -256,8 +256,8 @@ def main(argv=None):
                    "--data-dir", a.data_dir, "--epochs", str(a.epochs)]  # fmt: skip
             done = subprocess.run(run, capture_output=True, text=True)
             if done.returncode:
-                why = done.stderr.strip().splitlines()[-1].removeprefix("error: ")
-                raise UserError(f"{side} failed: {why}")
+                why = (done.stderr.strip() or f"status {done.returncode}").splitlines()[-1]
+                raise UserError(f"{side} failed: {why.removeprefix('error: ')}")
             result = json.loads(done.stdout.splitlines()[-1])
             results[side].append(result)
             pace = statistics.median(result["seconds"])

@@ -27,7 +27,7 @@ from torchvision.transforms.v2 import functional as tv
 import part1_threshold as part1
 import part2_cifar_cnn as part2
 from part2_cifar_cnn import (
-    Settings, Training, build_model, choose_precision, crop_and_flip, draw_epoch, hold_out,
+    Settings, Training, build_model, choose_precision, crop_and_flip, draw_epoch, split_rows,
     normalise,
 )  # fmt: skip
 from utils import derive_seed
@@ -167,11 +167,11 @@ def test_digits_are_never_mirrored(digits, monkeypatch, preset):
 @pytest.mark.parametrize("counts", [[100] * 10, [10, 200, 35]])
 def test_held_out_images_are_a_fixed_tenth_of_each_class(counts):
     labels = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
-    rest, held = hold_out(labels[torch.randperm(len(labels))])
+    rest, held = split_rows(labels[torch.randperm(len(labels))], "val")
     assert sorted(rest.tolist() + held.tolist()) == list(range(len(labels)))
-    rest, held = hold_out(labels)
+    rest, held = split_rows(labels, "val")
     assert all(abs(part - n / 10) <= 0.5 for part, n in zip(torch.bincount(labels[held]), counts))
-    assert torch.equal(hold_out(labels)[1], held)
+    assert torch.equal(split_rows(labels, "val")[1], held)
 
 
 def test_split_depends_on_the_flag_but_not_on_the_seed(digits):
@@ -208,7 +208,7 @@ def test_cifar10_constants_are_those_of_the_training_pixels(cifar):
 
 
 def test_500_cifar10_images_of_each_class_are_held_out(cifar):
-    rest, held = hold_out(cifar.labels)
+    rest, held = split_rows(cifar.labels, "val")
     assert torch.bincount(cifar.labels[held]).tolist() == [500] * 10
     assert len(np.intersect1d(rest, held)) == 0 and len(rest) == 45_000
 
@@ -394,7 +394,7 @@ def test_learning_rate_is_halved_after_five_epochs(run):
 @pytest.mark.parametrize("batch", ["usual", "one left over", "all but", "larger than the set"])
 def test_every_training_image_is_seen_once_an_epoch(digits, monkeypatch, select_on, batch):
     data = first(digits, 201)
-    n = len(part2.split_rows(data, select_on)[0])
+    n = len(split_rows(data.labels, select_on)[0])
     size = {"usual": 64, "one left over": (n - 1) // 2 if n % 2 else (n - 1) // 3 or 1,
             "all but": n - 1, "larger than the set": 5 * n}[batch]  # fmt: skip
     training = Training(replace(SETTINGS, batch_size=size, select_on=select_on), data)
@@ -465,6 +465,14 @@ def test_bfloat16_run_is_recorded_and_close_to_float32(quick, tmp_path):
     assert losses[0] != losses[1] and losses[0] == pytest.approx(losses[1], rel=0.05)
 
 
+@pytest.mark.parametrize("precision", ["auto", "bfloat16"])
+def test_a_run_in_emulated_bfloat16_is_told_so(quick, monkeypatch, tmp_path, capsys, precision):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {})
+    options = f"--dataset digits --epochs 1 --precision {precision} --output-dir {tmp_path}"
+    assert part2.main(options.split()) == 0
+    assert ("--precision float32 is faster" in capsys.readouterr().out) == (precision != "auto")
+
+
 @pytest.mark.parametrize("select_on", ["val", "test", "last"])
 def test_select_on_says_what_best_means(quick, tmp_path, capsys, select_on):
     options = f"--dataset digits --epochs 3 --batch-size 64 --select-on {select_on}"
@@ -489,7 +497,7 @@ def test_select_on_says_what_best_means(quick, tmp_path, capsys, select_on):
 
 def test_best_checkpoint_reproduces_every_accuracy_reported(run, digits):
     model = network_of(run.folder / "best.pt")
-    rest, held = hold_out(digits.labels)
+    rest, held = split_rows(digits.labels, "val")
     for name, images, labels in (
         ("test", digits.test_images, digits.test_labels),
         ("val", digits.images[held], digits.labels[held]),
@@ -499,10 +507,12 @@ def test_best_checkpoint_reproduces_every_accuracy_reported(run, digits):
 
 
 def test_last_checkpoint_is_the_last_epoch(run, digits):
-    _, held = hold_out(digits.labels)
-    share = share_right(network_of(run.folder / "last.pt"), digits.images[held],
-                        digits.labels[held], digits)  # fmt: skip
+    _, held = split_rows(digits.labels, "val")
+    model, labels = network_of(run.folder / "last.pt"), digits.labels[held]
+    share = share_right(model, digits.images[held], labels, digits)
     assert share == float(run.history[-1]["eval_accuracy"])
+    loss = F.cross_entropy(model(as_tensors(digits.images[held], digits)), labels)
+    assert float(run.history[-1]["eval_loss"]) == pytest.approx(loss.item(), rel=1e-5)
     assert run.last["config"] == run.best["config"]
 
 

@@ -18,7 +18,8 @@ import tarfile
 import threading
 import time
 import zipfile
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -30,7 +31,7 @@ from torchvision import datasets
 import part2_cifar_cnn as part2
 import utils
 from test_part2 import first, read_table
-from utils import UserError, derive_seed, download, load_checkpoint
+from utils import RunFailed, UserError, derive_seed, download, load_checkpoint
 
 ROOT = Path(part2.__file__).resolve().parent
 ARCHIVE, BATCHES = "cifar-10-python.tar.gz", "cifar-10-batches-py"
@@ -213,7 +214,7 @@ def test_resumed_run_is_bit_identical_to_an_uninterrupted_one(
     few_digits = first(few_digits, 60, 60)  # some networks are large
     monkeypatch.setattr(part2, "load_digits", lambda: few_digits)
     chosen = whole(*flags)["config"]
-    n = len(part2.split_rows(few_digits, chosen["select_on"])[0])
+    n = len(part2.split_rows(few_digits.labels, chosen["select_on"])[0])
     steps = -(-n // chosen["batch_size"])
     with at_step(steps + 1, press_ctrl_c):
         assert run(folder, *flags) == 130
@@ -433,6 +434,26 @@ def test_unwritable_output_folder_is_reported(tmp_path, capsys):
     assert "--output-dir" in error_line(capsys) and not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("name", ["closed/data", "a" * 300])
+def test_paths_that_the_system_refuses_to_look_at_are_reported(name, tmp_path, capsys):
+    closed = tmp_path / "closed"
+    closed.mkdir()
+    with modes_bind(closed):
+        closed.chmod(0)
+        for resume in ([], ["--resume"]):
+            assert run(tmp_path / name, *resume) == 2
+            assert "choose another --output-dir" in error_line(capsys)
+        assert cifar_run(tmp_path / name, tmp_path / "out") == 2
+    assert "CIFAR-10 cannot be had" in error_line(capsys)
+
+
+def test_too_little_memory_is_reported_and_other_errors_are_not_hidden(capsys):
+    assert utils.command(lambda argv: torch.empty(2**60, dtype=torch.uint8))() == 2
+    assert "not enough memory" in error_line(capsys)
+    with pytest.raises(RuntimeError, match="must match"):
+        utils.command(lambda argv: torch.ones(2) + torch.ones(3))()
+
+
 # -------------------------------------------------------------- loss not finite
 
 
@@ -641,20 +662,29 @@ def test_a_run_may_go_on_in_another_precision(tmp_path):
         assert json.loads((tmp_path / name).read_text())["precision"] == "bfloat16"
 
 
-@pytest.mark.parametrize("found_on, expected", [
-    ({}, 1), ({"device": "cuda"}, 0), ({"precision": "bfloat16"}, 0),
-])  # fmt: skip
-def test_accuracy_read_back_is_compared_where_it_was_found(found_on, expected, tmp_path, capsys):
-    """A run that goes on elsewhere rounds differently, which is not a fault."""
-    with at_step(3 * STEPS, press_ctrl_c):  # only the evaluation is left
-        assert run(tmp_path) == 130
-    best = load_checkpoint(tmp_path / "best.pt")
-    best["config"] |= found_on
-    best["model"]["12.bias"][:] = torch.arange(10.0)  # takes all for nines
-    utils.save_checkpoint(tmp_path / "best.pt", **best)
-    capsys.readouterr()
-    assert run(tmp_path, "--resume") == expected
-    assert expected == 0 or "cannot be trusted" in error_line(capsys)
+def test_accuracy_read_back_is_that_reported():
+    history = [{"eval_accuracy": 0.5}, {"eval_accuracy": 0.9}]
+    part2.check_reported({"val": 0.9}, history, "val", slack=0)
+    part2.check_reported({"val": 0.899}, history, "val", slack=0.02)
+    for found, slack in ((0.899, 0), (0.87, 0.02)):
+        with pytest.raises(RunFailed, match="cannot be trusted"):
+            part2.check_reported({"val": found}, history, "val", slack)
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_another_network_in_best_is_not_reported_from(resumed, tmp_path, capsys):
+    def replaced(save, path, **content):
+        if path.name == "best.pt":
+            content["model"]["12.bias"][:] = torch.arange(10.0)  # takes all for nines
+        save(path, **content)
+
+    if resumed:
+        with at_step(STEPS + 1, press_ctrl_c):
+            assert run(tmp_path) == 130
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(part2, "save_checkpoint", partial(replaced, utils.save_checkpoint))
+        assert run(tmp_path, *["--resume"] * resumed) == 1
+    assert "cannot be trusted" in error_line(capsys)
 
 
 def test_checkpoint_of_a_gpu_loads_on_the_cpu(tmp_path):
@@ -774,6 +804,16 @@ def test_read_only_data_folder_works(kind, tiny):
         (folder / ARCHIVE).write_bytes(tiny.archive.read_bytes())
     with modes_bind(folder):
         check_tiny(tiny, part2.load_cifar10(folder))
+
+
+@pytest.mark.parametrize("read_only", [False, True])
+def test_an_archive_for_which_there_is_no_room_is_named(read_only, tiny, capsys):
+    folder = tiny.empty
+    (folder / ARCHIVE).write_bytes(tiny.archive.read_bytes())
+    with largest_file(10_000), modes_bind(folder) if read_only else nullcontext():
+        with pytest.raises(UserError, match=f"cannot unpack {folder / ARCHIVE}"):
+            part2.load_cifar10(folder)
+    assert [path.name for path in folder.iterdir()] == [ARCHIVE]
 
 
 def test_data_folder_that_is_a_file_is_reported(tiny, tmp_path, capsys):
