@@ -681,6 +681,7 @@ def test_another_network_in_best_is_not_reported_from(resumed, tmp_path, capsys)
     if resumed:
         with at_step(STEPS + 1, press_ctrl_c):
             assert run(tmp_path) == 130
+        capsys.readouterr()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(part2, "save_checkpoint", partial(replaced, utils.save_checkpoint))
         assert run(tmp_path, *["--resume"] * resumed) == 1
