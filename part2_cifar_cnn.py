@@ -200,10 +200,12 @@ def load_cifar10(folder):
     if not os.path.exists(archive):
         fetch_archive(folder, archive)
     check_md5(archive, CIFAR10.tgz_md5)
-    with tempfile.TemporaryDirectory() as elsewhere:  # for a folder that is read-only
-        place = folder if os.access(folder, os.W_OK, effective_ids=True) else Path(elsewhere)
-        unpack(archive, place)
-        return read_cifar10(place)
+    if os.access(folder, os.W_OK, effective_ids=True):
+        unpack(archive, folder)
+        return read_cifar10(folder)
+    with tempfile.TemporaryDirectory() as elsewhere:  # the folder is read-only
+        unpack(archive, Path(elsewhere))
+        return read_cifar10(Path(elsewhere))
 
 
 def read_cifar10(folder):
@@ -994,7 +996,7 @@ def wilson(share, n, z=1.96):
     return center - half, center + half
 
 
-def measure_kept(folder, data, settings, histories, resumed=False):
+def measure_kept(folder, data, settings, histories, resumed):
     """Read best.pt back, see that it is as good as reported, then use the test set.
 
     That is to the bit, but within 2 points if the run was ``resumed``, which may have been

@@ -144,14 +144,13 @@ def strategy_of(change):
 
 def presets_table(rows):
     """Lines of Markdown: what changes of the other presets added to them."""
-    return grouped_table("preset", "points over it", {
-        preset: [
-            gain | {"change": {key: change[key] for key in change if key != "preset"}}
-            for gain in part2.measured_gains(rows, preset)
-            if (change := gain["change"]).get("preset") == preset
-        ]
-        for preset in CHANGES if preset != "baseline"
-    })  # fmt: skip
+    groups = {}
+    for preset in CHANGES:
+        for gain in part2.measured_gains(rows, preset):
+            change = dict(gain["change"])
+            if change.pop("preset", None) == preset:  # those of the baseline name none
+                groups.setdefault(preset, []).append(gain | {"change": change})
+    return grouped_table("preset", "points over it", groups)
 
 
 def grouped_table(title, points, groups):
@@ -241,7 +240,7 @@ def measure(runs, a):
     data = None
     for seed, preset, change in runs:
         name = name_of(preset, change, seed) | {"dataset": a.dataset}
-        if has_row(a.table, name):
+        if has_row(part2.read_table(a.table), name):
             continue
         settings = settings_of(preset, change, seed, a.dataset)
         if data is None:
@@ -255,18 +254,19 @@ def measure(runs, a):
             say(f"  no row: {error}")
             continue
         share, seconds = metrics["test_accuracy"], metrics["train_seconds"]
-        if has_row(a.table, name):  # another process made it meanwhile
+        rows = part2.read_table(a.table)
+        if has_row(rows, name):  # another process made it meanwhile
             continue
-        rows = [*part2.read_table(a.table), name | {
+        rows.append(name | {
             "epochs": settings.epochs, "parameters": metrics["parameters"],
             "test_accuracy": share, "train_seconds": round(seconds, 1),
-        }]  # fmt: skip
+        })  # fmt: skip
         write_csv(a.table, {key: [row[key] for row in rows] for key in rows[0]})
         say(f"  test accuracy {share:.2%} after {seconds:.0f} s")
 
 
-def has_row(table, name):
-    return any(name.items() <= row.items() for row in part2.read_table(table))
+def has_row(rows, name):
+    return any(name.items() <= row.items() for row in rows)
 
 
 if __name__ == "__main__":

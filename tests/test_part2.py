@@ -27,8 +27,8 @@ from torchvision.transforms.v2 import functional as tv
 import part1_threshold as part1
 import part2_cifar_cnn as part2
 from part2_cifar_cnn import (
-    Settings, Training, build_model, choose_precision, crop_and_flip, draw_epoch, split_rows,
-    normalise,
+    Settings, Training, build_model, choose_precision, crop_and_flip, draw_epoch, normalise,
+    split_rows,
 )  # fmt: skip
 from utils import derive_seed
 

@@ -808,7 +808,7 @@ def test_read_only_data_folder_works(kind, tiny):
 
 
 @pytest.mark.parametrize("read_only", [False, True])
-def test_an_archive_for_which_there_is_no_room_is_named(read_only, tiny, capsys):
+def test_an_archive_for_which_there_is_there_is_no_room_is_named(read_only, tiny):
     folder = tiny.empty
     (folder / ARCHIVE).write_bytes(tiny.archive.read_bytes())
     with largest_file(10_000), modes_bind(folder) if read_only else nullcontext():

@@ -259,20 +259,14 @@ def test_predictions_are_computed_in_the_precision_of_the_run(data):
 @pytest.mark.parametrize("tta", ["flip", "shift"])
 def test_views_that_are_left_out_do_not_scale_the_logits(data, tta):
     model, unmirrored = build_model(asdict(SETTINGS)), replace(data, mirror=False)
-    images = data.images[:, :1, :1].expand_as(data.images).contiguous()  # look the same when shifted
+    images = data.images
+    if tta == "shift":  # of one colour, so that what is left looks the same
+        images = images[:, :1, :1].expand_as(images).contiguous()
     plain, averaged = (
         part2.predict(model, images, unmirrored, replace(SETTINGS, tta=views))
         for views in ("none", tta)
     )
     assert torch.allclose(averaged, plain, atol=1e-6)
-
-
-def test_digits_are_never_mirrored_in_a_view(data):
-    model, seen = build_model(asdict(SETTINGS)), []
-    model.register_forward_pre_hook(lambda model, inputs: seen.append(inputs[0]))
-    part2.predict(model, data.images[:9], replace(data, mirror=False), replace(SETTINGS, tta="flip"))
-    assert len(seen) == 1
-    assert torch.equal(seen[0], part2.normalise(data.images[:9], data.mean, data.std))
 
 
 def test_views_are_weighted_to_one_and_include_the_image():
