@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 
 from utils import (
-    BLACK, BLUE, GREEN, ORANGE, PURPLE, RED, SKY, UserError, command, derive_seed,
+    BLACK, BLUE, GREEN, ORANGE, PURPLE, RED, SKY, Parser, UserError, command, derive_seed,
     finish_figures, integer, load_pyplot, number, output_folder, save_figure, say,
     tell, write_csv, write_json,
 )  # fmt: skip
@@ -1079,24 +1079,26 @@ def suggestions(summary):
     fp, fn = best["fp"], best["fn"]
     share = summary["prevalence"] or summary["n_positive"] / summary["n"]
     alarms, misses = (1 - share) * (1 - best["specificity"]), share * (1 - best["recall"])
+    weighed = " at this prevalence" if summary["prevalence"] else ""
     if summary["metric"] == "cost":
         alarms, misses = alarms * summary["fp_cost"], misses * summary["fn_cost"]
+        weighed = f" by cost{weighed}"
     if alarms > 1.5 * misses:
         yield (
-            f"False alarms lead ({fp:,} against {fn:,} misses). If they hurt more, try "
+            f"False alarms lead{weighed} ({fp:,} against {fn:,} misses). If they hurt more, try "
             f"--min-precision {(1 + best['precision']) / 2:.2f}, or --metric cost with a higher "
             "--fp-cost, and look at the highest-scoring negatives for wrong labels."
         )
     elif misses > 1.5 * alarms:
         yield (
-            f"Misses lead ({fn:,} against {fp:,} false alarms). If they hurt more, try "
+            f"Misses lead{weighed} ({fn:,} against {fp:,} false alarms). If they hurt more, try "
             f"--min-recall {(1 + best['recall']) / 2:.2f}, or --metric cost with a higher "
             "--fn-cost, and look at the lowest-scoring positives for a missing feature."
         )
     else:
         yield (
-            f"False alarms ({fp:,}) and misses ({fn:,}) are about in balance: no threshold "
-            "removes one kind without adding the other; only better scores do."
+            f"False alarms ({fp:,}) and misses ({fn:,}) are about in balance{weighed}: no "
+            "threshold removes one kind without adding the other; only better scores do."
         )
     if found and found["ece"] > 0.05:
         yield (
@@ -1114,7 +1116,7 @@ def suggestions(summary):
 
 
 def parse_arguments(argv):
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description="Find the decision threshold of a binary classifier.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False,
     )  # fmt: skip
@@ -1129,7 +1131,8 @@ def parse_arguments(argv):
     add("--score-column", default="y_score", help="column or array of the scores")
     add("--positive", help="label that is positive; every other one is negative")
     add = parser.add_argument_group("what is best").add_argument
-    add("--metric", choices=METRICS, default="f1", help="column of thresholds.csv to optimise")
+    add("--metric", choices=METRICS, default="f1", metavar="METRIC",
+        help=f"column of thresholds.csv to optimise: {', '.join(METRICS)}")  # fmt: skip
     add("--beta", type=number(0, 1000, "(]"), default=2.0, help="weight of recall in f_beta")
     add("--fp-cost", type=number(0, 1e9), default=1.0, help="cost of a false alarm")
     add("--fn-cost", type=number(0, 1e9), default=1.0, help="cost of a miss")
@@ -1145,7 +1148,7 @@ def parse_arguments(argv):
     add("--show", action="store_true", help="also show the plots in windows")
     arguments = parser.parse_args(argv)
     if arguments.fp_cost + arguments.fn_cost == 0:
-        parser.error("--fp-cost and --fn-cost are both 0: give one of them a value")
+        raise UserError("--fp-cost and --fn-cost are both 0: give one of them a value")
     return arguments
 
 

@@ -75,6 +75,13 @@ def command(main):
     return wrapped
 
 
+class Parser(argparse.ArgumentParser):
+    """One that reports a wrong option as `command` does all errors: in one line."""
+
+    def error(self, message):
+        raise UserError(f"{message} (--help lists the options)")
+
+
 def integer(low, high=10**9):
     """argparse type: a whole number in [low, high]."""
 

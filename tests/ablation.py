@@ -1,6 +1,6 @@
 """What each flag of part 2 buys, measured: one row of a table for each run.
 
-    python tests/ablation.py --data-dir data                          every run, for days
+    python tests/ablation.py --data-dir data                          every run, half a day with bfloat16
     python tests/ablation.py --data-dir data --presets strong --changes none --seeds 0
     python tests/ablation.py --report                                 table and plot only
 
@@ -22,8 +22,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import part2_cifar_cnn as part2
 from utils import (
-    BLUE, ORANGE, Interrupted, RunFailed, UserError, command, integer, load_pyplot, output_folder,
-    save_figure, say, write_csv,
+    BLUE, ORANGE, Interrupted, Parser, RunFailed, UserError, command, integer, load_pyplot,
+    output_folder, save_figure, say, write_csv,
 )  # fmt: skip
 
 # What is changed, one thing at a time; lr and momentum go with the optimiser they suit.
@@ -204,8 +204,8 @@ def name_on_plot(change):
 
 @command
 def main(argv=None):
-    parser = argparse.ArgumentParser(
-        description="Make the runs that the table lacks: by default all, which takes days.",
+    parser = Parser(
+        description="Make the runs that the table lacks: by default all, half a day with bfloat16.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--data-dir", type=Path, default=Path("data"), help="folder of CIFAR-10")
@@ -227,7 +227,7 @@ def main(argv=None):
         if not a.changes or name_of(preset, change, seed)["change"] in a.changes
     ]  # fmt: skip
     if not runs:
-        parser.error("no run has these presets, changes and seeds")
+        raise UserError("no run has these presets, changes and seeds")
     if not a.report:
         measure(runs, a)
     if a.report or part2.measured_gains(part2.read_table(a.table)):
@@ -246,7 +246,7 @@ def measure(runs, a):
         if data is None:
             part2.prepare_machine(part2.torch.device(settings.device))
             data = part2.load_data(a.dataset, a.data_dir).to(settings.device)
-        say(f"{preset}, {name['change']} {name['value']}, seed {seed}")
+        say(f"{preset}, {part2.flags_text(change) or 'as it is'}, seed {seed}")
         folder = checkpoints_of(settings, Path(f"{a.table.resolve().parent}-runs"))
         try:
             metrics = run(settings, data, folder)

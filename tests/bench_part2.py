@@ -29,7 +29,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from utils import UserError, command, integer
+from utils import Parser, UserError, command, integer
 
 SIDES = ("plain", "ours", "torchvision", "order", "warmup", "float32", "bfloat16", "rounded")
 
@@ -227,7 +227,7 @@ def flops_per_image():
 
 @command
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--data-dir", required=True)
     parser.add_argument("--epochs", type=integer(1), default=10)
     parser.add_argument("--seeds", type=integer(1), default=1)

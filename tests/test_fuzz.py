@@ -37,11 +37,7 @@ def no_plots(monkeypatch):
 def status_of(main, arguments, capsys):
     """Exit status of a run, and what it said on standard error."""
     capsys.readouterr()
-    try:
-        status = main(arguments)
-    except SystemExit as stop:
-        status = stop.code
-    return status, capsys.readouterr().err
+    return main(arguments), capsys.readouterr().err
 
 
 def check_refusal(status, text, what):
