@@ -21,6 +21,7 @@ import ctypes
 import math
 import os
 import shlex
+import signal
 import sys
 import tarfile
 import tempfile
@@ -29,6 +30,9 @@ import time
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
+
+if __name__ == "__main__":  # torch takes seconds to import: meanwhile Ctrl-C just ends it
+    on_ctrl_c = signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import numpy as np
 import torch
@@ -39,10 +43,10 @@ from torchvision.datasets import CIFAR10
 from torchvision.ops import SqueezeExcitation
 
 from utils import (
-    BLUE, ORANGE, RED, Interrupted, RunFailed, UserError, check_output, choose_device, command,
-    ctrl_c, derive_seed, download, finish_figures, integer, load_checkpoint, load_pyplot,
-    md5_of, number, output_folder, save_checkpoint, save_figure, say, show_progress, tell,
-    write_csv, write_json,
+    BLUE, ORANGE, RED, Interrupted, Parser, RunFailed, UserError, check_output, choose_device,
+    command, ctrl_c, derive_seed, download, finish_figures, integer, load_checkpoint,
+    load_pyplot, md5_of, number, output_folder, save_checkpoint, save_figure, say,
+    show_progress, tell, write_csv, write_json,
 )  # fmt: skip
 
 # -------------------------------------------------------------------- settings
@@ -680,7 +684,7 @@ class Training:
         self.average = AveragedModel(
             self.model, multi_avg_fn=average_with(settings.ema), use_buffers=True
         ) if settings.ema else None  # fmt: skip
-        self.history = []  # a dict for each epoch, with the columns of history.csv
+        self.history = []  # a dict for each epoch, a row of history.csv
         self.best = {}  # weights of the epoch to keep
 
     def parts(self):
@@ -832,9 +836,10 @@ def check_weights(model, row, steps, rate):
 
 
 def diverged(what, epoch, step, rate):
+    kept = "; the checkpoints of the epochs before are kept until then" if epoch > 1 else ""
     return (
-        f"the {what} at epoch {epoch}, step {step + 1}, learning rate {rate:g}: try a lower "
-        "--lr; the checkpoints of the epochs before are kept"
+        f"the {what} at epoch {epoch}, step {step + 1}, learning rate {rate:g}: start afresh "
+        f"with a lower --lr{kept}"
     )
 
 
@@ -858,12 +863,12 @@ def fit(training, save):
 
 def row_text(row):
     """An epoch's row of the table; without an evaluation it has dashes."""
-    held = f"{row['eval_loss']:>11.4f} {row['eval_accuracy']:>9.2%}"
+    held = f"{row['eval_loss']:>10.4f} {row['eval_accuracy']:>9.2%}"
     if row["eval_split"] == "none":
-        held = f"{'-':>11} {'-':>9}"
+        held = f"{'-':>10} {'-':>9}"
     return (
         f"  {row['epoch']:>5} {row['lr']:>10.6f} {row['train_loss']:>11.4f} "
-        f"{row['train_accuracy']:>10.2%}{held} {row['seconds']:>8.1f}"
+        f"{row['train_accuracy']:>10.2%} {held} {row['seconds']:>8.1f}"
     )
 
 
@@ -909,7 +914,10 @@ def save_epoch(folder, settings, members, training):
     best.pt is due when the first network got better or another one is complete.
     """
     every = [*members, training.result()]
-    rows = [row for member in every for row in member["history"]]
+    rows = [
+        {"network": i} | row if settings.ensemble > 1 else row
+        for i, member in enumerate(every, 1) for row in member["history"]
+    ]  # fmt: skip
     write_csv(folder / "history.csv", {key: [row[key] for row in rows] for key in rows[0]})
     due = settings.epochs if members else kept_epoch(training.history, settings.select_on)
     if len(training.history) == due:
@@ -1256,6 +1264,9 @@ def gap_text(train, test):
     """What the gap between training and test accuracy says about regularisation."""
     gap = train - test
     text = f"On training images (10,000 at most, not augmented) {train:.2%}: {100 * gap:+.2f} points. "
+    if train < 0.35:
+        return text + ("The network has hardly learned: try another --lr (--help says what suits "
+                       "sgd and muon), or more epochs.")  # fmt: skip
     if gap > 0.1:
         return text + "The network memorises: more regularisation or augmentation should help."
     if gap > 0.03:
@@ -1279,12 +1290,12 @@ def pair_text(pair, classes, close, wrong):
 # ------------------------------------------------------------------------- plots
 
 
-def plot_all(plt, settings, data, metrics, history, probs):
+def plot_all(plt, settings, data, metrics, histories, probs):
     """The figures of a run, by file name in the order of the talk."""
     labels = data.test_labels.cpu().numpy()
     return {
         "01_augmented_samples": plot_samples(plt, settings, data),
-        "02_training_curves": plot_history(plt, history, metrics, data.name),
+        "02_training_curves": plot_history(plt, histories, metrics, data.name),
         "03_per_class_accuracy": plot_classes(plt, metrics, data.name),
         "04_confusion_matrix": plot_confusion(plt, labels, probs, data),
         "05_predictions": plot_predictions(plt, labels, probs, data, settings.seed),
@@ -1315,21 +1326,27 @@ def image_grid(plt, images, rows, columns):
     return figure
 
 
-def plot_history(plt, history, metrics, name):
-    """Loss, accuracy and learning rate against the epoch."""
-    epochs = range(1, len(history) + 1)  # the networks of an ensemble one after another
-    split = history[0]["eval_split"]
+def plot_history(plt, histories, metrics, name):
+    """Loss, accuracy and learning rate against the epoch, a line for each network."""
+    epochs = range(1, len(histories[0]) + 1)
+    split = histories[0][0]["eval_split"]
     figure, (loss, share, lr) = plt.subplots(1, 3, figsize=(12, 4))
+
+    def draw(axes, key, style, label="", **how):
+        columns = np.transpose([[row[key] for row in history] for history in histories])
+        axes.plot(epochs, columns, style, **how)[0].set_label(label)  # once in the legend
+
     for axes, key, what in ((loss, "loss", "cross-entropy"), (share, "accuracy", "accuracy")):
-        axes.plot(epochs, [row[f"train_{key}"] for row in history], "o-", color=BLUE,
-                  label="training (on the way)")  # fmt: skip
+        draw(axes, f"train_{key}", "o-", color=BLUE, label="training (on the way)")
         if split != "none":
-            axes.plot(epochs, [row[f"eval_{key}"] for row in history], "s--", color=ORANGE,
-                      label=f"{split} (clean)")  # fmt: skip
-        axes.set(xlabel="epoch", ylabel=what)
+            draw(axes, f"eval_{key}", "s--", color=ORANGE, label=f"{split} (clean)")
+        axes.set_ylabel(what)
     loss.legend(fontsize=9)
-    lr.step(epochs, [row["lr"] for row in history], "o-", where="post", color=RED)
-    lr.set(xlabel="epoch", ylabel="learning rate at its start", ylim=(0, None))
+    draw(lr, "lr", "o-", drawstyle="steps-post", color=RED)
+    lr.set(ylabel="learning rate at its start", ylim=(0, None))
+    for axes in figure.axes:
+        axes.set_xlabel("epoch")
+        axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     figure.suptitle(
         f"{name}: {metrics['test_accuracy']:.1%} on test with {epoch_text(metrics)}"
     )
@@ -1402,7 +1419,7 @@ def parse_arguments(argv):
         ) + "\n"
         for name, bundle in PRESETS.items()
     )  # fmt: skip
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description="Train a CNN on CIFAR-10 and report what it learned.",
         epilog=f"presets, as the options they stand for:\n{bundles}",
         formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
@@ -1440,19 +1457,24 @@ def resolve(settings):
 
 
 def default_folder(settings):
-    """outputs/part2 for the baseline on CIFAR-10; every other run has its own folder."""
-    digits = settings.dataset == "digits"
-    free = {key: getattr(settings, key) for key in ("dataset", "seed", "device", "precision")}
-    changed = settings != Settings(**{"preset": settings.preset} | PRESETS[settings.preset] | free)
-    preset = settings.preset if settings.preset != "baseline" or (changed and not digits) else ""
-    return Path("outputs", "-".join(filter(None, ["part2", preset, "digits" * digits])))
+    """outputs/part2 for the baseline on CIFAR-10, else a folder whose name says what differs."""
+    free = {key: getattr(settings, key) for key in ("preset", "dataset", "seed", "device", "precision")}
+    names = {
+        settings.preset: settings.preset != "baseline",
+        "digits": settings.dataset == "digits",
+        "changed": settings != Settings(**PRESETS[settings.preset] | free),
+    }
+    return Path("outputs", "-".join(["part2", *(name for name, differs in names.items() if differs)]))
 
 
 def find_last(output_dir, settings):
-    """Where last.pt is, or would be; "auto" may have meant the digits."""
-    folders = [output_dir or default_folder(settings)]
-    if not output_dir and settings.dataset == "auto":
-        folders.append(default_folder(replace(settings, dataset="digits")))
+    """Where last.pt is, or would be; "auto" may have meant the digits, and to resume a changed
+    run its options need not be given again."""
+    names = ("auto", "digits") if settings.dataset == "auto" else (settings.dataset,)
+    folders = [output_dir] if output_dir else [
+        Path(f"{default_folder(replace(settings, dataset=name))}{end}")
+        for end in ("", "-changed") for name in names
+    ]  # fmt: skip
     paths = [folder / "last.pt" for folder in folders]
     return next((path for path in paths if os.path.exists(path)), paths[0])
 
@@ -1538,8 +1560,8 @@ def finish(folder, settings, data, histories, resumed, show):
     report(settings, metrics, data, probs)
     say("", f"8. Files in {folder}")
     save_results(folder, settings, metrics, data, probs)
-    plt, history = load_pyplot(show), [row for rows in histories for row in rows]
-    for name, figure in plot_all(plt, settings, data, metrics, history, probs).items():
+    plt = load_pyplot(show)
+    for name, figure in plot_all(plt, settings, data, metrics, histories, probs).items():
         save_figure(figure, folder / f"{name}.png")
         say(f"  {name}.png")
     finished = load_checkpoint(folder / "last.pt") | {"finished": True}
@@ -1555,9 +1577,10 @@ def introduce(settings, data, reason):
     native = choose_precision("auto", torch.device(settings.device))
     if (settings.precision, native) == ("bfloat16", "float32"):
         tell("This device only emulates bfloat16: --precision float32 is faster.")
+    held_out = f"{len(held):,} are held out to choose the epoch, " if len(held) else ""
     tell(
-        f"{data.name}: {len(rows):,} images train, {len(held):,} are held out to choose the "
-        f"epoch, {len(data.test_labels):,} test at the end."
+        f"{data.name}: {len(rows):,} images train, {held_out}{len(data.test_labels):,} test at "
+        "the end."
     )
     if not data.mirror and (settings.flip, settings.tta) != ("none", "none"):
         tell(f"Mirrored {data.name} are others: --flip and mirrored --tta views are left out.")
@@ -1588,4 +1611,5 @@ def save_results(folder, settings, metrics, data, probs):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, on_ctrl_c)
     sys.exit(main())

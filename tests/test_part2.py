@@ -240,11 +240,10 @@ def test_auto_falls_back_to_the_digits_with_a_banner(no_server, quick, tmp_path,
     assert part2.main(["--epochs", "1"]) == 0
     text = capsys.readouterr().out
     assert "!" * 40 in text and "CIFAR-10 IS NOT AVAILABLE" in text.upper()
-    assert [path.name for path in (tmp_path / "outputs").iterdir()] == ["part2-digits"]
+    (folder,) = (tmp_path / "outputs").iterdir()
+    assert folder.name == "part2-digits-changed"
     for name in ("metrics.json", "config.json"):
-        assert json.loads((tmp_path / "outputs/part2-digits" / name).read_text())["dataset"] == (
-            "digits"
-        )
+        assert json.loads((folder / name).read_text())["dataset"] == "digits"
 
 
 def test_cifar10_by_name_without_a_server_says_what_to_put_where(no_server, tmp_path, capsys):
@@ -490,6 +489,7 @@ def test_select_on_says_what_best_means(quick, tmp_path, capsys, select_on):
         assert metrics[f"{select_on}_accuracy"] == max(shares)
     assert (metrics["val_accuracy"] is None) == (select_on != "val")
     assert ("optimistic" in text) == (select_on == "test")
+    assert ("are held out to choose" in text) == (select_on == "val")
 
 
 # --------------------------------------------------------------------- results
@@ -594,6 +594,20 @@ def test_report_tells_the_numbers_of_the_files(run):
     assert len(re.findall(r"^ +\d+\. \S", run.text, re.M)) >= 10  # strategies
 
 
+@pytest.mark.parametrize("train, test, verdict", [
+    (0.21, 0.20, "another --lr"), (0.70, 0.69, "underfits"), (0.85, 0.80, "in balance"),
+    (0.99, 0.98, "little left"), (0.99, 0.80, "memorises"),
+])  # fmt: skip
+def test_verdict_follows_from_accuracy_and_gap(train, test, verdict):
+    assert verdict in part2.gap_text(train, test)
+
+
+def test_columns_of_the_table_stay_apart_when_the_loss_explodes():
+    row = {"epoch": 1, "lr": 1000.0, "train_loss": 1e6, "train_accuracy": 0.1, "seconds": 1.0,
+           "eval_split": "val", "eval_loss": 1e9, "eval_accuracy": 0.1}  # fmt: skip
+    assert len(part2.row_text(row).split()) == 7
+
+
 def test_report_names_the_pair_that_is_confused_most(run, digits):
     pairs = Counter()
     for row in run.scores:
@@ -626,13 +640,15 @@ def test_default_folder_of_the_digits_is_their_own(quick, tmp_path, monkeypatch)
     monkeypatch.chdir(tmp_path)
     assert part2.main("--dataset digits --epochs 1".split()) == 0
     assert [path.name for path in tmp_path.iterdir()] == ["outputs"]
-    assert [path.name for path in (tmp_path / "outputs").iterdir()] == ["part2-digits"]
+    assert [path.name for path in (tmp_path / "outputs").iterdir()] == ["part2-digits-changed"]
 
 
 @pytest.mark.parametrize("options, name", [
-    ({}, "part2"), ({"seed": 1}, "part2"), ({"dropout": 0.1}, "part2-baseline"),
+    ({}, "part2"), ({"seed": 1}, "part2"), ({"dropout": 0.1}, "part2-changed"),
     ({"dataset": "digits"}, "part2-digits"), ({"preset": "strong"}, "part2-strong"),
-    ({"preset": "strong", "dataset": "digits"}, "part2-strong-digits"),
+    ({"preset": "strong", "dataset": "digits", "seed": 1}, "part2-strong-digits"),
+    ({"preset": "strong", "epochs": 20}, "part2-strong-changed"),
+    ({"dataset": "digits", "epochs": 1}, "part2-digits-changed"),
 ])  # fmt: skip
 def test_default_folder_tells_presets_and_data_sets_apart(options, name):
     settings = part2.Settings(**part2.PRESETS[options.get("preset", "baseline")] | options)

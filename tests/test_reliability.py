@@ -246,6 +246,30 @@ def test_ctrl_c_prints_the_command_that_continues(epoch, whole, tmp_path, capsys
     assert same(outcome(folder), whole("--seed", "4"))
 
 
+def test_ctrl_c_while_torch_is_imported_leaves_no_traceback(tmp_path):
+    with script_of_part2(tmp_path) as process:
+        while "libtorch" not in Path(f"/proc/{process.pid}/maps").read_text():
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        assert process.communicate()[1] == "" and process.returncode == -signal.SIGINT
+    assert not list(tmp_path.iterdir())
+
+
+def test_ctrl_c_in_a_process_of_its_own_says_how_to_go_on(tmp_path):
+    with script_of_part2(tmp_path) as process:
+        while "train loss" not in process.stdout.readline():
+            assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        assert "go on with: python part2_cifar_cnn.py" in process.communicate()[1]
+        assert process.returncode == 130
+
+
+def script_of_part2(folder):
+    script = [sys.executable, ROOT / "part2_cifar_cnn.py", "--dataset", "digits"]
+    return subprocess.Popen(script, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            text=True)  # fmt: skip
+
+
 def test_ctrl_c_in_the_last_step_still_leaves_a_whole_run(whole, tmp_path):
     with at_step(3 * STEPS, press_ctrl_c):
         assert run(tmp_path) == 130
@@ -269,7 +293,16 @@ def test_resume_after_falling_back_to_the_digits(monkeypatch, whole, tmp_path, c
         assert part2.main(options) == 130
     with at_step(STEPS + 1, pytest.fail):  # one epoch is left
         assert part2.main([*options, "--resume"]) == 0
-    assert same(outcome(tmp_path / "outputs/part2-digits"), whole())
+    assert same(outcome(tmp_path / "outputs/part2-digits-changed"), whole())
+
+
+def test_a_changed_run_is_resumed_without_its_options(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    with at_step(STEPS + 1, press_ctrl_c):
+        assert part2.main(QUICK) == 130
+    with at_step(2 * STEPS + 1, pytest.fail):  # two epochs are left
+        assert part2.main(["--dataset", "digits", "--resume"]) == 0
+    assert [path.name for path in Path("outputs").iterdir()] == ["part2-digits-changed"]
 
 
 def test_other_flags_on_resuming_are_named(tmp_path, capsys):
@@ -462,6 +495,7 @@ def test_loss_that_is_not_finite_stops_and_keeps_the_last_good_epoch(whole, tmp_
         assert run(tmp_path) == 1
     line = error_line(capsys)
     assert "epoch 2" in line and "step 3" in line and "learning rate 0.001" in line
+    assert "checkpoints of the epochs before are kept" in line
     assert len(load_checkpoint(tmp_path / "last.pt")["history"]) == 1
     assert len(read_table(tmp_path / "history.csv")) == 1
     assert run(tmp_path, "--resume") == 0 and same(outcome(tmp_path), whole())
@@ -483,6 +517,7 @@ def test_weights_that_explode_are_not_saved_as_good(lr, batch_size, tmp_path, ca
     assert not re.search(r"\b(nan|inf)\b", captured.out)
     if status == 1:
         assert "learning rate" in captured.err and "epoch" in captured.err
+        assert ("are kept" in captured.err) == ("at epoch 1," not in captured.err)
     if (tmp_path / "last.pt").exists():
         last = load_checkpoint(tmp_path / "last.pt")
         losses = [row[f"{part}_loss"] for row in last["history"] for part in ("train", "eval")]
@@ -985,14 +1020,9 @@ def test_an_option_beside_a_preset_wins(tmp_path):
 def test_wrong_option_is_one_line_and_nothing_is_written(options, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a-file").write_text("mine")
-    try:
-        status = part2.main([*QUICK, "--output-dir", "out", *options.split()])
-    except SystemExit as stop:  # argparse
-        status = stop.code
-    assert status == 2
-    usage, _, line = capsys.readouterr().err.rpartition("error: ")
-    assert len(line.strip().splitlines()) == 1 and "Traceback" not in usage
-    assert options.split()[0].lstrip("-") in line
+    assert part2.main([*QUICK, "--output-dir", "out", *options.split()]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and options.split()[0].lstrip("-") in line
     assert contents(tmp_path) == {"a-file": b"mine"}
 
 

@@ -300,12 +300,25 @@ def test_an_ensemble_is_weighted_by_accuracy_on_held_out_images_only(data, tmp_p
 def test_networks_of_an_ensemble_are_of_different_seeds(data, tmp_path):
     settings = replace(SETTINGS, epochs=1)
     part2.train_members(replace(settings, ensemble=3), data, tmp_path)
+    rows = (tmp_path / "history.csv").read_text().splitlines()
+    assert [row.split(",")[:2] for row in rows] == [["network", "epoch"], ["1", "1"], ["2", "1"], ["3", "1"]]
     members = part2.load_best(tmp_path / "best.pt").members
     for first, second in itertools.combinations(members, 2):
         assert not torch.allclose(weights_of(first), weights_of(second), atol=0.01)
     alone = Training(settings, data)
     alone.run_epoch()
     assert torch.equal(weights_of(members[0]), weights_of(alone.model))
+
+
+def test_the_plot_has_a_line_for_each_network():
+    row = {"epoch": 1, "lr": 0.1, "train_loss": 2.0, "train_accuracy": 0.2, "eval_split": "none"}
+    histories = [[row | {"train_loss": loss}] * 3 for loss in (2.0, 1.0)]
+    metrics = {"test_accuracy": 0.5, "best_epoch": [3, 3]}
+    figure = part2.plot_history(load_pyplot(), histories, metrics, "digits")
+    lines = figure.axes[0].get_lines()
+    assert [list(line.get_xdata()) for line in lines] == [[1, 2, 3]] * 2
+    assert [list(line.get_ydata()) for line in lines] == [[2.0] * 3, [1.0] * 3]
+    assert len(figure.axes[0].get_legend().get_texts()) == 1
 
 
 def test_an_ensemble_averages_probabilities_by_weight():
