@@ -319,6 +319,9 @@ def test_the_plot_has_a_line_for_each_network():
     assert [list(line.get_xdata()) for line in lines] == [[1, 2, 3]] * 2
     assert [list(line.get_ydata()) for line in lines] == [[2.0] * 3, [1.0] * 3]
     assert len(figure.axes[0].get_legend().get_texts()) == 1
+    figure = part2.plot_history(load_pyplot(), [[row]], metrics, "digits")
+    figure.canvas.draw()
+    assert all(tick == round(tick) for tick in figure.axes[0].get_xticks())
 
 
 def test_an_ensemble_averages_probabilities_by_weight():
