@@ -1261,7 +1261,7 @@ def is_best(gain, others):
 
 
 def gap_text(train, test):
-    """What the gap between training and test accuracy says about regularisation."""
+    """Whether the network has learned, and what the gap to the test accuracy says."""
     gap = train - test
     text = f"On training images (10,000 at most, not augmented) {train:.2%}: {100 * gap:+.2f} points. "
     if train < 0.35:
@@ -1458,7 +1458,8 @@ def resolve(settings):
 
 def default_folder(settings):
     """outputs/part2 for the baseline on CIFAR-10, else a folder whose name says what differs."""
-    free = {key: getattr(settings, key) for key in ("preset", "dataset", "seed", "device", "precision")}
+    keys = ("preset", "dataset", "seed", "device", "precision")
+    free = {key: getattr(settings, key) for key in keys}
     names = {
         settings.preset: settings.preset != "baseline",
         "digits": settings.dataset == "digits",
@@ -1470,10 +1471,10 @@ def default_folder(settings):
 def find_last(output_dir, settings):
     """Where last.pt is, or would be; "auto" may have meant the digits, and to resume a changed
     run its options need not be given again."""
-    names = ("auto", "digits") if settings.dataset == "auto" else (settings.dataset,)
+    datasets = ("auto", "digits") if settings.dataset == "auto" else (settings.dataset,)
     folders = [output_dir] if output_dir else [
-        Path(f"{default_folder(replace(settings, dataset=name))}{end}")
-        for end in ("", "-changed") for name in names
+        Path(f"{default_folder(replace(settings, dataset=dataset))}{end}")
+        for end in ("", "-changed") for dataset in datasets
     ]  # fmt: skip
     paths = [folder / "last.pt" for folder in folders]
     return next((path for path in paths if os.path.exists(path)), paths[0])

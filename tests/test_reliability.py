@@ -249,6 +249,7 @@ def test_ctrl_c_prints_the_command_that_continues(epoch, whole, tmp_path, capsys
 def test_ctrl_c_while_torch_is_imported_leaves_no_traceback(tmp_path):
     with script_of_part2(tmp_path) as process:
         while "libtorch" not in Path(f"/proc/{process.pid}/maps").read_text():
+            assert process.poll() is None
             time.sleep(0.01)
         process.send_signal(signal.SIGINT)
         assert process.communicate()[1] == "" and process.returncode == -signal.SIGINT
