@@ -79,11 +79,12 @@ class Parser(argparse.ArgumentParser):
     """One that reports a wrong option as `command` does all errors: in one line."""
 
     def error(self, message):
+        """Raise what argparse would print below its whole usage."""
         raise UserError(f"{message} (--help lists the options)")
 
 
 def integer(low, high=10**9):
-    """argparse type: a whole number in [low, high]."""
+    """Argparse type: a whole number in [low, high]."""
 
     def parse(text):
         try:
@@ -96,7 +97,7 @@ def integer(low, high=10**9):
 
 
 def number(low, high=math.inf, ends="[]"):
-    """argparse type: a finite number from ``low`` to ``high``; ``ends`` as in [0, 1)."""
+    """Argparse type: a finite number from ``low`` to ``high``; ``ends`` as in [0, 1)."""
     span = f"in {ends[0]}{low}, {high}{ends[1]}".replace("inf]", "inf)")
 
     def parse(text):
@@ -132,7 +133,11 @@ def tell(text):
     """Print a paragraph, wrapped and indented; a table's row (indented) stays as it is."""
     width = max(30, min(80, shutil.get_terminal_size().columns))
     row = text.startswith("  ")
-    say(text if row else textwrap.indent(textwrap.fill(text, width - 2, break_on_hyphens=False), "  "))
+    say(
+        text
+        if row
+        else textwrap.indent(textwrap.fill(text, width - 2, break_on_hyphens=False), "  ")
+    )
 
 
 def on_terminal():
@@ -194,8 +199,7 @@ def output_folder(path):
             pass
     except OSError as error:
         raise UserError(
-            f"cannot write into the folder {path} ({error.strerror}): "
-            "choose another --output-dir"
+            f"cannot write into the folder {path} ({error.strerror}): choose another --output-dir"
         ) from error
     return path
 
@@ -259,9 +263,7 @@ def write_csv(path, columns):
 def md5_of(path):
     """MD5 of a file as 32 hex digits (an identity check, not a security one)."""
     with open(path, "rb") as file:
-        return hashlib.file_digest(
-            file, lambda: hashlib.md5(usedforsecurity=False)
-        ).hexdigest()
+        return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
 
 
 def download(urls, path, md5, stall_seconds=15):
@@ -318,8 +320,14 @@ def _fetch(url, file, stall_seconds):
 
 # Okabe and Ito's colours can be told apart with every kind of colour vision.
 BLACK, ORANGE, SKY, GREEN, BLUE, RED, PURPLE = (
-    "#000000", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7",
-)  # fmt: skip
+    "#000000",
+    "#E69F00",
+    "#56B4E9",
+    "#009E73",
+    "#0072B2",
+    "#D55E00",
+    "#CC79A7",
+)
 STYLE = {
     "figure.figsize": (8, 5),
     "figure.dpi": 100,
