@@ -16,21 +16,23 @@ import os
 import shutil
 import signal
 import sys
+import tarfile
 import tempfile
 import textwrap
 import time
 import urllib.request
 import zipfile
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-# ---------------------------------------------------------------- command line
+# %% Command line
 
 
 class UserError(Exception):
-    """What the user can mend, in one line: what is wrong and what to do."""
+    """An error that the user can fix, in one line: what is wrong and what to do."""
 
 
 class RunFailed(Exception):
@@ -42,13 +44,9 @@ class Interrupted(KeyboardInterrupt):
 
 
 def command(main):
-    """Turn the end of ``main(argv)`` into an exit status, without a traceback.
+    """Let ``main(argv)`` end without a traceback and return an exit status.
 
-    Returns
-    -------
-    callable
-        ``main`` with status 0 (done), 1 (the run failed), 2 (the user can mend
-        it) or 130 (Ctrl-C).
+    That is 0 (done), 1 (the run failed), 2 (the user can fix it) or 130 (Ctrl-C).
     """
 
     @functools.wraps(main)
@@ -83,41 +81,30 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (--help lists the options)")
 
 
-def integer(low, high=10**9):
-    """Argparse type: a whole number in [low, high]."""
-
-    def parse(text):
-        try:
-            value = int(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{text[:30]!r} is not a whole number") from None
-        return _in_range(value, text, low, high, f"from {low} to {high:.3g}")
-
-    return parse
-
-
-def number(low, high=math.inf, ends="[]"):
+def number(low, high=math.inf, ends="[]", kind=float):
     """Argparse type: a finite number from ``low`` to ``high``; ``ends`` as in [0, 1)."""
-    span = f"in {ends[0]}{low}, {high}{ends[1]}".replace("inf]", "inf)")
+    span = f"{ends[0]}{low}, {high:.3g}{ends[1]}".replace("inf]", "inf)")
 
     def parse(text):
         try:
-            value = float(text)
+            value = kind(text)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+            what = "whole number" if kind is int else "number"
+            raise argparse.ArgumentTypeError(f"{text[:30]!r} is not a {what}") from None
         excluded = (value == low and ends[0] == "(") or (value == high and ends[1] == ")")
-        return _in_range(math.nan if excluded else value, text, low, high, span)
+        if excluded or not low <= value <= high or value == math.inf:
+            raise argparse.ArgumentTypeError(f"{text:.30} is out of range: give one in {span}")
+        return value
 
     return parse
 
 
-def _in_range(value, text, low, high, span):
-    if not low <= value <= high or value == math.inf:
-        raise argparse.ArgumentTypeError(f"{text:.30} is out of range: give one {span}")
-    return value
+def integer(low, high=10**9):
+    """Argparse type: a whole number from ``low`` to ``high``."""
+    return number(low, high, kind=int)
 
 
-# --------------------------------------------------------------------- console
+# %% Console
 
 
 def say(*lines):
@@ -132,12 +119,10 @@ def say(*lines):
 def tell(text):
     """Print a paragraph, wrapped and indented; a table's row (indented) stays as it is."""
     width = max(30, min(80, shutil.get_terminal_size().columns))
-    row = text.startswith("  ")
-    say(
-        text
-        if row
-        else textwrap.indent(textwrap.fill(text, width - 2, break_on_hyphens=False), "  ")
-    )
+    if not text.startswith("  "):
+        how = {"initial_indent": "  ", "subsequent_indent": "  ", "break_on_hyphens": False}
+        text = textwrap.fill(text, width, **how)
+    say(text)
 
 
 def on_terminal():
@@ -170,7 +155,7 @@ def ctrl_c():
         signal.signal(signal.SIGINT, before)
 
 
-# ----------------------------------------------------------------------- files
+# %% Files
 
 
 def check_output(path):
@@ -185,13 +170,7 @@ def check_output(path):
 
 
 def output_folder(path):
-    """Make the folder ``path`` and see that it can be written to.
-
-    Raises
-    ------
-    UserError
-        If it is a file, or cannot be made or written to.
-    """
+    """Make the folder ``path``, or raise a UserError if it cannot be written to."""
     path = Path(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -207,10 +186,7 @@ def output_folder(path):
 def write_bytes(path, data):
     """Replace the file ``path``: at any moment it holds all old or all new bytes.
 
-    Raises
-    ------
-    UserError
-        If it cannot be written (a full disk, no permission); the old file stays.
+    If it cannot be written (a full disk, no permission) the old file stays: UserError.
     """
     beside = Path(path).with_name(f".{Path(path).name}.part")
     try:
@@ -260,6 +236,101 @@ def write_csv(path, columns):
     write_bytes(path, text.getvalue().encode())
 
 
+def read_csv(path):
+    """Rows of a table with a header, as dicts of text; UserError if it is no such table."""
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file, strict=True))
+    except (OSError, ValueError, csv.Error) as error:
+        raise UserError(f"cannot read the table {path} ({error}): restore it") from error
+    if any(None in row or None in row.values() for row in rows):
+        raise UserError(f"{path} has rows that are longer or shorter than its header: restore it")
+    return rows
+
+
+def read_json(path):
+    """Read a JSON object as a dict; UserError if it is something else."""
+    try:
+        values = json.loads(Path(path).read_bytes())
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path} ({error}): restore it or delete it") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path} is not a JSON object: restore it or delete it")
+    return values
+
+
+# %% Data files
+
+
+def check_md5(path, expected, whole=None):
+    """Raise a UserError unless a file has this MD5; ``whole`` is what to delete if it has not."""
+    again = f"{whole or path} to have it fetched again"
+    try:
+        found = md5_of(path)
+    except OSError as error:
+        text = f"cannot read {path} ({error.strerror}): restore it, or move away {again}"
+        raise UserError(text) from error
+    if found != expected:
+        text = f"{path} is damaged: its md5 is {found} instead of {expected}: delete {again}"
+        raise UserError(text)
+
+
+class Unavailable(UserError):
+    """A data set is neither in its folder nor to be had from a server."""
+
+
+@dataclass(frozen=True)
+class Archive:
+    """A tar file that one of several servers has."""
+
+    name: str
+    size: int  # in bytes
+    md5: str
+    urls: tuple
+
+
+@contextmanager
+def unpacked(archive, name, folder):
+    """Yield a folder that holds the folder ``name`` of an archive, fetched if need be.
+
+    That is ``folder``, where it may be written; ``name`` appears in it when it is whole, so
+    that a sudden end does no harm.
+    """
+    path = folder / archive.name
+    with ExitStack() as stack:
+        if not os.path.isdir(folder / name):  # unlike pathlib's, no error where it is forbidden
+            if not os.path.exists(path):
+                _fetch_archive(archive, path)
+            check_md5(path, archive.md5)
+            if not os.access(folder, os.W_OK, effective_ids=True):
+                folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            _unpack(path, name, folder)
+        yield folder
+
+
+def _fetch_archive(archive, path):
+    say(f"{path} is not there: fetching it ({archive.size / 1e6:.0f} MB)")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        download(archive.urls, path, archive.md5)
+    except (UserError, OSError) as error:
+        raise Unavailable(
+            f"{error}: put {archive.name} ({archive.size} bytes, md5 {archive.md5}) into "
+            f"{path.parent}"
+        ) from error
+
+
+def _unpack(archive, name, folder):
+    try:
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".unpack-") as hidden:
+            with tarfile.open(archive) as tar:
+                tar.extractall(hidden, filter="data")
+            Path(hidden, name).rename(folder / name)
+    except OSError as error:
+        if not (folder / name).is_dir():  # otherwise another process was faster
+            raise UserError(f"cannot unpack {archive} ({error.strerror})") from error
+
+
 def md5_of(path):
     """MD5 of a file as 32 hex digits (an identity check, not a security one)."""
     with open(path, "rb") as file:
@@ -271,12 +342,8 @@ def download(urls, path, md5, stall_seconds=15):
 
     The bytes go into a temporary file of this process's own and are renamed to
     ``path`` only when the MD5 is right, so a partial file is never taken for a
-    whole one and two processes cannot disturb each other.
-
-    Raises
-    ------
-    UserError
-        If no address delivers the file; the text names each failure.
+    whole one and two processes cannot disturb each other. If no address delivers
+    the file, the text of the UserError names each failure.
     """
     failures = []
     for url in urls:
@@ -316,7 +383,7 @@ def _fetch(url, file, stall_seconds):
             raise EOFError(f"the connection ended after {done} of {total} bytes")
 
 
-# ----------------------------------------------------------------------- plots
+# %% Plots
 
 # Okabe and Ito's colours can be told apart with every kind of colour vision.
 BLACK, ORANGE, SKY, GREEN, BLUE, RED, PURPLE = (
@@ -362,6 +429,16 @@ def save_figure(figure, path):
     write_bytes(path, image.getvalue())
 
 
+def draw_figures(figures, result, folder, show=False):
+    """Draw and save ``figures``, functions of pyplot and ``result`` by file name."""
+    plt = load_pyplot(show)
+    for name, plot in figures.items():
+        if figure := plot(plt, result):  # some results have nothing to show in it
+            save_figure(figure, folder / f"{name}.png")
+            say(f"  {name}.png")
+    finish_figures(plt, show)
+
+
 def finish_figures(plt, show):
     """Show the figures where there is a display, then forget them."""
     if show and plt.get_backend().lower() == "agg":
@@ -372,7 +449,7 @@ def finish_figures(plt, show):
     plt.close("all")
 
 
-# ----------------------------------------------------------- seeds and devices
+# %% Seeds and devices
 
 
 def derive_seed(seed, *keys):
@@ -388,13 +465,7 @@ def derive_seed(seed, *keys):
 
 
 def choose_device(name="auto"):
-    """The torch device to compute on, and why, as ``(device, reason)``.
-
-    Raises
-    ------
-    UserError
-        If the device asked for does not exist or does not work.
-    """
+    """The torch device to compute on, and why; UserError if the one asked for does not work."""
     import torch
 
     if name == "auto":
@@ -412,7 +483,7 @@ def choose_device(name="auto"):
     return device, "asked for"
 
 
-# ----------------------------------------------------------------- checkpoints
+# %% Checkpoints
 
 CHECKPOINT_FORMAT = "cifar-cnn-checkpoint-1"
 
@@ -446,14 +517,10 @@ def digest_of(value):
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def load_checkpoint(path, required=("model", "config", "classes", "mean", "std")):
+def load_checkpoint(path):
     """Read a checkpoint onto the CPU without running any code that it may hold.
 
-    Raises
-    ------
-    UserError
-        If the file cannot be read, is damaged, was not written by
-        `save_checkpoint` or altered since, or lacks one of the ``required`` entries.
+    UserError if it cannot be read, is damaged or foreign, or was altered since it was written.
     """
     import torch
 
@@ -464,6 +531,8 @@ def load_checkpoint(path, required=("model", "config", "classes", "mean", "std")
             raise ValueError(f"its part {bad} does not match its checksum")
         checkpoint = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
         digest = digest_of(dict(checkpoint) | {"digest": None})
+    except OSError as error:
+        raise UserError(f"cannot read {path} ({error.strerror}): name another file") from error
     except Exception as error:  # a damaged file can raise almost anything
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
@@ -472,8 +541,6 @@ def load_checkpoint(path, required=("model", "config", "classes", "mean", "std")
         ) from error
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != CHECKPOINT_FORMAT:
         raise UserError(f"{path} was not written by this script: name another file")
-    if missing := [key for key in required if key not in checkpoint]:
-        raise UserError(f"{path} lacks {', '.join(missing)}: delete it or name another")
     # A foreign weight or optimiser state could do anything, up to crashing Python.
     if checkpoint.get("digest") != digest:
         raise UserError(

@@ -1,16 +1,18 @@
-"""What each flag of part 2 buys, measured: one row of a table for each run.
+"""Measure what each flag of part 2 buys: one row of a table for each run.
 
-    python tests/ablation.py --data-dir data                          every run, half a day with bfloat16
+    python tests/ablation.py --data-dir data                          every run, half a day
     python tests/ablation.py --data-dir data --presets strong --changes none --seeds 0
-    python tests/ablation.py --report                                 table and plot only
+    python tests/ablation.py --report                                 tables and plot only
 
 Each run trains on all training images, keeps its last epoch and is tested once. Its row is
 added to outputs/ablation/results.csv when it ends; runs that have a row are not made again.
-A row is known by its preset's name and the flags that were changed, so when a preset or the
-training itself changes, delete its rows and the checkpoints of its runs.
-Precision and seconds are those of the machine: compare rows of one machine only.
-A run that was stopped goes on after its last epoch: its checkpoints are kept in a folder
-beside that of the table, named like it with "-runs" at the end.
+A row is known by preset, changed flags, seed and machine; so when a preset or the training
+itself changes, delete its rows and the checkpoints of its runs. A run that was stopped
+continues after its last epoch: its checkpoints are kept in a folder beside that of the table,
+named like it with "-runs" at the end.
+
+The report writes gains.csv, which part 2 prints at its end: points over the baseline of the
+same machine and seed, the most points for their time first.
 """
 
 import argparse
@@ -18,30 +20,45 @@ import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import numpy as np
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import part2_cifar_cnn as part2
-from utils import (
-    BLUE, ORANGE, Interrupted, Parser, RunFailed, UserError, command, integer, load_pyplot,
-    output_folder, save_figure, say, write_csv,
-)  # fmt: skip
+import part2_cifar_cnn as part2  # noqa: E402
+from utils import (  # noqa: E402
+    BLUE,
+    ORANGE,
+    Interrupted,
+    Parser,
+    RunFailed,
+    UserError,
+    command,
+    integer,
+    load_pyplot,
+    output_folder,
+    read_csv,
+    save_figure,
+    say,
+    write_csv,
+)
 
-# What is changed, one thing at a time; lr and momentum go with the optimiser they suit.
+TABLE = Path(part2.GAINS).with_name("results.csv")
+# What is changed, one thing at a time; lr and momentum go with the optimizer they suit, and
+# "evaluate" averages the runs of that many seeds.
 CHANGES = {
     "baseline": [
         {}, {"dropout": 0.1}, {"crop_padding": 0}, {"crop_fill": "reflect"}, {"flip": "none"},
         {"flip": "alternating"}, {"cutout": 8}, {"mixup": 0.2}, {"schedule": "cosine"},
-        {"schedule": "linear"}, {"warmup_epochs": 2.0}, {"optimizer": "adamw", "weight_decay": 0.01},
-        {"weight_decay": 0.0005}, {"optimizer": "sgd", "lr": 0.05},
+        {"schedule": "linear"}, {"warmup_epochs": 2.0}, {"weight_decay": 0.0005},
+        {"optimizer": "adamw", "weight_decay": 0.01}, {"optimizer": "sgd", "lr": 0.05},
         {"optimizer": "muon", "lr": 0.1, "momentum": 0.6}, {"label_smoothing": 0.1},
         {"grad_clip": 1.0}, {"ema": 0.99}, {"tta": "flip"}, {"tta": "shift"}, {"epochs": 20},
-        {"ensemble": 3}, {"model": "tuned"},
+        {"model": "tuned"}, {"evaluate": 3},
     ],
     "tuned": [{}, {"tta": "none"}],
     "strong": [
         {}, {"tta": "none"}, {"optimizer": "adamw", "lr": 0.002}, {"label_smoothing": 0.0},
         {"flip": "random"}, {"schedule": "none"},
-        {"epochs": 20, "cutout": 8, "ensemble": 4},
         {"model": "wide", "epochs": 36, "crop_padding": 4, "cutout": 12},
     ],
     "resnet18": [{}],
@@ -51,12 +68,12 @@ CHANGES = {
 STRATEGIES = {
     "another network": {"preset", "model"},
     "longer training": {"epochs"},
-    "several networks": {"ensemble"},
+    "several networks": {"evaluate"},
     "less dropout": {"dropout"},
     "shifts and mirrors": {"crop_padding", "crop_fill", "flip"},
     "cutout and mixup": {"cutout", "mixup"},
     "another course of the learning rate": {"warmup_epochs", "schedule"},
-    "another optimiser, decay, clipping": {"optimizer", "weight_decay", "grad_clip"},
+    "another optimizer, decay, clipping": {"optimizer", "weight_decay", "grad_clip"},
     "softer labels": {"label_smoothing"},
     "averages of weights or of views": {"ema", "tta"},
 }
@@ -72,65 +89,275 @@ PUBLISHED = (
 )
 
 
-def settings_of(preset, change, seed, dataset):
-    """The settings of one run, on this machine."""
+@command
+def main(argv=None):
+    """Make the runs that the table lacks, then report."""
+    a = parse_arguments(argv)
+    if not a.report:
+        measure(a)
+    rows = read_table(a.table)
+    gains = measured_gains(rows)
+    if gains:
+        report(rows, gains, a.table)
+    elif a.report:
+        raise UserError(f"{a.table} has no baseline on CIFAR-10: make one to compare with")
+
+
+def parse_arguments(argv):
+    """Read the command line."""
+    parser = Parser(
+        description="Make the runs that the table lacks: all of them take half a day.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--data-dir", type=Path, default=Path("data"), help="folder of CIFAR-10")
+    text = "data set; the report is of CIFAR-10 only"
+    add("--dataset", default="cifar10", choices=("cifar10", "digits"), help=text)
+    add("--presets", nargs="+", default=list(CHANGES), choices=CHANGES, help="what is changed")
+    names = sorted({change_name(change) for preset in CHANGES for change in CHANGES[preset]})
+    text = 'as in the column "change" of the table: none, dropout, "optimizer lr"'
+    add("--changes", nargs="+", metavar="CHANGE", choices=names, default=names, help=text)
+    text = "the seeds themselves, not their number"
+    add("--seeds", nargs="+", type=integer(0, 2**128), default=[0, 1, 2], help=text)
+    add("--table", type=Path, default=TABLE, help="CSV file to add to")
+    add("--report", action="store_true", help="tables and plot only")
+    return parser.parse_args(argv)
+
+
+# ------------------------------------------------------------------------- runs
+
+
+def measure(a):
+    """Make the runs that have no row yet, and add a row for each."""
+    runs = [
+        (preset, change, seed)
+        for seed in a.seeds
+        for preset in a.presets
+        for change in CHANGES[preset]
+        if change_name(change) in a.changes and "evaluate" not in change
+    ]
+    averages = [
+        (preset, change, " ".join(map(str, a.seeds[: change["evaluate"]])))
+        for preset in a.presets
+        for change in CHANGES[preset]
+        if "evaluate" in change and change_name(change) in a.changes
+    ]
+    if not runs + averages:
+        raise UserError("no run has these presets, changes and seeds")
+    output_folder(a.table.parent)
+    here = part2.prepare_machine(part2.Settings(dataset=a.dataset, select_on="last"))
+    data = part2.load_data(here, a.data_dir)
+    for preset, change, seed in runs + averages:
+        name = name_of(preset, change, seed) | {"dataset": a.dataset, "machine": machine(here)}
+        if has_row(read_table(a.table), name):
+            continue
+        say(f"{preset}, {flags_of(change) or 'as it is'}, seed {seed}")
+        try:
+            metrics = judge(preset, change, seed, here, data, Path(f"{a.table.parent}-runs"))
+        except RunFailed as error:
+            say(f"  no row: {error}")
+            continue
+        rows = read_table(a.table)
+        if not has_row(rows, name):  # otherwise another process made it meanwhile
+            keys = ("epochs", "parameters", "test_accuracy", "train_seconds")
+            rows.append(name | {"commit": ""} | {key: metrics[key] for key in keys})
+            write_csv(a.table, {key: [row[key] for row in rows] for key in COLUMNS})
+        seconds = metrics["train_seconds"]
+        say(f"  test accuracy {metrics['test_accuracy']:.2%} after {seconds:.0f} s")
+
+
+def judge(preset, change, seed, here, data, runs):
+    """What metrics.json would hold of one run, or of the average of several."""
+    if "evaluate" in change:
+        networks = [trained(preset, {}, int(each), here, data, runs) for each in seed.split()]
+    else:
+        networks = [trained(preset, change, seed, here, data, runs)]
+    return part2.evaluate(networks, data).metrics
+
+
+def trained(preset, change, seed, here, data, runs):
+    """The network of one run: trained, or trained further, where it is not yet."""
     flags = part2.PRESETS[preset] | {"select_on": "last"} | change
-    which = {"preset": preset, "seed": seed, "dataset": dataset, "device": "cpu"}
-    return part2.resolve(part2.Settings(**which | flags))[0]
+    plain = part2.Settings(**part2.PRESETS[preset])
+    this = {"preset": preset, "seed": seed, "dataset": data.key}
+    this |= {"device": here.device, "precision": here.precision}
+    settings = replace(part2.Settings(**flags | this), tta=plain.tta)  # views do not change it
+    names = [
+        f"{key}-{value}"
+        for key, value in asdict(replace(settings, select_on=plain.select_on)).items()
+        if value != getattr(plain, key) or key in ("preset", "seed")
+    ]
+    folder = output_folder(runs / "_".join(names))
+    training = part2.Training(settings, data)
+    try:
+        if (folder / "last.pt").exists():
+            _, state = part2.settings_to_resume(folder, asdict(settings))
+            part2.restore(training, state, folder)
+        part2.train(training, folder)
+    except UserError as error:
+        raise UserError(f"delete {folder} to make this run again: {error}") from error
+    except KeyboardInterrupt:
+        raise Interrupted("what is trained is saved; the same command continues") from None
+    network = part2.kept_network(training, folder)
+    return replace(network, settings=replace(settings, tta=flags.get("tta", plain.tta)))
+
+
+def machine(here):
+    """What the seconds and the last digits of a run depend on."""
+    torch = part2.torch
+    cpu = torch.cpu.get_capabilities().get("cpu_name", "CPU") if here.device == "cpu" else "GPU"
+    return f"{cpu}, {torch.get_num_threads()} threads, {here.precision}"
+
+
+# ------------------------------------------------------------------------ table
+
+# commit: that which made a row of a flag that is gone since
+COLUMNS = ("preset", "change", "value", "seed", "dataset", "machine", "commit", "epochs",
+           "parameters", "test_accuracy", "train_seconds")  # fmt: skip
+
+
+def read_table(path):
+    """Rows of the table as dicts, [] if there is none; UserError if it is no such table."""
+    if not path.exists():
+        return []
+    try:
+        rows = [{key: row[key] for key in COLUMNS} for row in read_csv(path)]
+        return [row | {key: float(row[key]) for key in COLUMNS[-2:]} for row in rows]
+    except (ValueError, KeyError) as error:
+        raise UserError(f"{path} is not the table of runs ({error!r}): restore it") from error
 
 
 def name_of(preset, change, seed):
     """The columns that say which run a row is of, as text."""
-    keys, values = " ".join(change) or "none", " ".join(map(str, change.values()))
-    return {"preset": preset, "change": keys, "value": values, "seed": str(seed)}
+    values = " ".join(map(str, change.values()))
+    return {"preset": preset, "change": change_name(change), "value": values, "seed": str(seed)}
 
 
-def run(settings, data, folder):
-    """Train, or go on, or only test where the training is done; what metrics.json would hold."""
-    checkpoint = None
-    if (folder / "last.pt").exists():
-        trained_with = {key: value for key, value in asdict(settings).items() if key != "tta"}
-        try:
-            checkpoint, _ = part2.read_last(folder / "last.pt", trained_with)
-        except UserError as error:
-            raise UserError(f"delete {folder} to make this run anew: {error}") from error
-    try:
-        histories = part2.train_members(settings, data, output_folder(folder), checkpoint)
-    except KeyboardInterrupt:
-        raise Interrupted("what is trained is saved; the same command goes on") from None
-    metrics, _ = part2.measure_kept(folder, data, settings, histories, checkpoint is not None)
-    return metrics
+def change_name(change):
+    """A change as in the column of that name."""
+    return " ".join(change) or "none"
 
 
-def checkpoints_of(settings, runs):
-    """A folder for each training; views of the test images do not change it."""
-    plain = part2.Settings(**part2.PRESETS[settings.preset])
-    free = {"tta": plain.tta, "select_on": plain.select_on}
-    parts = [
-        f"{key}-{value}" for key, value in asdict(replace(settings, **free)).items()
-        if value != getattr(plain, key) or key in ("preset", "seed")
-    ]  # fmt: skip
-    return runs / "_".join(parts)
+def has_row(rows, name):
+    """Whether a run is in the table."""
+    return any(name.items() <= row.items() for row in rows)
 
 
-def report(path):
-    """Print the tables as Markdown and draw accuracy against seconds beside it."""
-    rows = part2.read_table(path)
-    gains = part2.measured_gains(rows)
-    if not gains:
-        raise UserError(f"{path} has no run of the baseline on CIFAR-10: make one to compare with")
-    say(*strategies_table(rows), "", *presets_table(rows))
+def flags_of(change):
+    """A change as it is typed; that of several networks as a phrase."""
+    if "evaluate" in change:
+        return f"--evaluate {change['evaluate']} runs of other seeds"
+    return part2.flags_text(change)
+
+
+def measured_gains(rows, preset="baseline"):
+    """What each other preset, and each change of one, added to ``preset`` on CIFAR-10.
+
+    Parameters
+    ----------
+    rows : list of dict
+        As from `read_table`.
+    preset : str
+        That with which all are compared.
+
+    Returns
+    -------
+    list of dict, the largest gain first
+        ``change`` (the settings, as text), ``runs``, ``accuracy`` and ``points`` (means in
+        percent, the latter of the gain over the preset with the same seed and machine),
+        ``accuracy_std`` and ``points_std`` (NaN for one run), ``seconds`` of training (median),
+        ``machine`` and ``commit``.
+    """
+    runs = {}  # of each change and machine: accuracy in percent and seconds, by seed
+    for row in rows:
+        if row["dataset"] == "cifar10":
+            found = 100 * row["test_accuracy"], row["train_seconds"]
+            of = change_of(row), row["machine"], row["commit"]
+            runs.setdefault(of, {})[row["seed"]] = found
+    plain, gains = change_of({"preset": preset, "change": "", "value": ""}), []
+    for (change, where, commit), found in runs.items():
+        base = runs.get((plain, where, ""), {})
+        found = {seed: run for seed, run in found.items() if base.keys() >= set(seed.split())}
+        if found:
+            about = {"change": dict(change), "machine": where, "commit": commit}
+            gains.append(about | gain_of(found, base))
+    return sorted(gains, key=lambda gain: -gain["points"])
+
+
+def change_of(row):
+    """What a row's run differs in from the baseline, as pairs of setting and value."""
+    preset = [] if row["preset"] == "baseline" else [("preset", row["preset"])]
+    return (*preset, *zip(row["change"].split(), row["value"].split()))
+
+
+def gain_of(found, base):
+    """An entry of `measured_gains`; an average of several seeds is compared with their mean."""
+    accuracy, seconds = np.array(list(found.values())).T
+    points = accuracy - [np.mean([base[each][0] for each in seed.split()]) for seed in found]
+    return {
+        "runs": len(found),
+        "accuracy": accuracy.mean(),
+        "accuracy_std": std_over_runs(accuracy),
+        "points": points.mean(),
+        "points_std": std_over_runs(points),
+        "seconds": np.median(seconds),
+    }
+
+
+def std_over_runs(values):
+    """Sample standard deviation, NaN for one value."""
+    return values.std(ddof=1) if len(values) > 1 else np.nan
+
+
+# ----------------------------------------------------------------------- report
+
+
+def report(rows, gains, path):
+    """Print the tables as Markdown; write gains.csv and the plot beside the table of runs."""
+    say(*strategies_table(gains), "", *presets_table(rows))
+    write_gains(gains, path.with_name("gains.csv"))
     plt = load_pyplot()
     save_figure(plot(plt, gains), path.with_name("accuracy_vs_seconds.png"))
 
 
-def strategies_table(rows):
+def write_gains(gains, path):
+    """What part 2 prints at its end: the most points for their time first.
+
+    A changed preset is worth suggesting only if it is better than the preset as it is.
+    """
+    as_it_is = {
+        gain["change"]["preset"]: gain["points"]
+        for gain in gains
+        if gain["change"].keys() == {"preset"}
+    }
+    gains = [
+        gain
+        for gain in gains
+        if gain["change"] and not gain["commit"]
+        if len(gain["change"]) == 1
+        or gain["points"] > as_it_is.get(gain["change"].get("preset"), -np.inf)
+    ]
+    gains.sort(key=lambda gain: -gain["points"] / gain["seconds"])
+    write_csv(
+        path,
+        {
+            "flags": [flags_of(gain["change"]) for gain in gains],
+            "runs": [gain["runs"] for gain in gains],
+            "points": [f"{gain['points']:.1f}" for gain in gains],
+            "deviation": [spread_text(gain["points_std"], 1)[4:] for gain in gains],
+            "seconds": [f"{gain['seconds']:.0f}" for gain in gains],
+            "machine": [gain["machine"] for gain in gains],
+        },
+    )
+
+
+def strategies_table(gains):
     """Lines of Markdown: what changes of the baseline and presets as they are added to it.
 
     The strategy of the largest gain comes first, and in each strategy its largest gain.
     """
     groups = {}
-    for gain in part2.measured_gains(rows):
+    for gain in gains:
         change = gain["change"]
         if change and (change.keys() == {"preset"} or "preset" not in change):
             groups.setdefault(strategy_of(change), []).append(gain)
@@ -139,14 +366,16 @@ def strategies_table(rows):
 
 
 def strategy_of(change):
-    return next(name for name, settings in STRATEGIES.items() if settings & change.keys())
+    """The strategy that a change belongs to; a new option is a strategy of its own."""
+    names = [name for name, settings in STRATEGIES.items() if settings & change.keys()]
+    return names[0] if names else change_name(change).replace("_", " ")
 
 
 def presets_table(rows):
     """Lines of Markdown: what changes of the other presets added to them."""
     groups = {}
     for preset in CHANGES:
-        for gain in part2.measured_gains(rows, preset):
+        for gain in measured_gains(rows, preset):
             change = dict(gain["change"])
             if change.pop("preset", None) == preset:  # those of the baseline name none
                 groups.setdefault(preset, []).append(gain | {"change": change})
@@ -159,15 +388,28 @@ def grouped_table(title, points, groups):
         f"| {title} | flags | runs | test accuracy (%) | {points} | training seconds |",
         "|---|---|---|---|---|---|",
     ] + [
-        f"| {name if i == 0 else ''} | {flags_cell(gain['change'])} | {gain['runs']} "
-        f"| {gain['accuracy']:.2f}{part2.spread_text(gain['accuracy_std'], 2)} "
-        f"| {part2.gain_text(gain) if gain['change'] else ''} | {gain['seconds']:.0f} |"
-        for name, gains in groups.items() for i, gain in enumerate(gains)
-    ]  # fmt: skip
+        f"| {name if i == 0 else ''} | {flags_cell(gain)} | {gain['runs']} "
+        f"| {gain['accuracy']:.2f}{spread_text(gain['accuracy_std'], 2)} "
+        f"| {gain_text(gain) if gain['change'] else ''} | {gain['seconds']:.0f} |"
+        for name, gains in groups.items()
+        for i, gain in enumerate(gains)
+    ]
 
 
-def flags_cell(change):
-    return f"`{part2.flags_text(change)}`" if change else "as it is"
+def flags_cell(gain):
+    """A change in Markdown, with the commit that made it where its flag is gone since."""
+    flags = f"`{flags_of(gain['change'])}`" if gain["change"] else "as it is"
+    return flags + f" (commit {gain['commit']})" * bool(gain["commit"])
+
+
+def gain_text(gain):
+    """Points of a gain with their deviation over the seeds."""
+    return f"{gain['points']:+.1f}{spread_text(gain['points_std'], 1)}"
+
+
+def spread_text(std, digits):
+    """A standard deviation as it follows a mean, empty for NaN."""
+    return "" if np.isnan(std) else f" +- {std:.{digits}f}"
 
 
 def plot(plt, gains):
@@ -175,98 +417,39 @@ def plot(plt, gains):
     best = gains[0]
     figure, axes = plt.subplots(figsize=(10, 5.5))
     for gain in gains:
-        if gain is best or gain["change"].keys() <= {"preset"}:
+        alike = gain["machine"] == best["machine"] and gain["change"].keys() <= {"preset"}
+        if gain is best or alike:
             point = gain["seconds"], gain["accuracy"]
             axes.plot(*point, "o", color=BLUE, markersize=9)
-            axes.annotate(f"{name_on_plot(gain['change'])} (n = {gain['runs']})", point, ha="center",
-                          xytext=(0, 12 if gain is best else -22), textcoords="offset points")  # fmt: skip
-    for name, accuracy, seconds, machine, height in PUBLISHED:
+            how = {"xytext": (0, 12 if gain is best else -22), "textcoords": "offset points"}
+            text = f"{name_on_plot(gain['change'])} (n = {gain['runs']})"
+            axes.annotate(text, point, ha="center", **how)
+    for name, accuracy, seconds, where, height in PUBLISHED:
         axes.plot(seconds, accuracy, "D", color=ORANGE, markerfacecolor="white", markersize=8)
-        axes.annotate(f"{name} ({machine})", (seconds, accuracy), ha="center", fontsize=8,
-                      xytext=(0, height), textcoords="offset points")  # fmt: skip
+        how = {"xytext": (0, height), "textcoords": "offset points", "fontsize": 8}
+        axes.annotate(f"{name} ({where})", (seconds, accuracy), ha="center", **how)
     axes.plot([], [], "o", color=BLUE, label="this project, two CPU cores")
     axes.plot([], [], "D", color=ORANGE, markerfacecolor="white", label="as published")
     axes.legend(loc="lower left")
-    axes.set(xscale="log", xlim=(0.5, 30_000), xticks=[1, 10, 100, 1_000, 10_000],
-             xticklabels=["1", "10", "100", "1,000", "10,000"], ylim=(66, 98),
-             xlabel="seconds of training", ylabel="test accuracy (%)",
-             title=f"CIFAR-10: {best['accuracy']:.2f} % in {best['seconds'] / 60:.0f} minutes "
-                   f"without a GPU ({name_on_plot(best['change'])})")  # fmt: skip
+    axes.set(
+        xscale="log",
+        xlim=(0.5, 30_000),
+        xticks=[1, 10, 100, 1_000, 10_000],
+        xticklabels=["1", "10", "100", "1,000", "10,000"],
+        ylim=(66, 98),
+        xlabel="seconds of training",
+        ylabel="test accuracy (%)",
+        title=f"CIFAR-10: {best['accuracy']:.2f} % in {best['seconds'] / 60:.0f} minutes "
+        f"without a GPU ({name_on_plot(best['change'])})",
+    )
     return figure
 
 
 def name_on_plot(change):
-    """A preset's or its other network's name, with the number of networks and epochs if changed."""
-    networks = f"{change['ensemble']} of " if "ensemble" in change else ""
+    """A preset's or its other network's name, with the number of epochs if changed."""
     epochs = f", {change['epochs']} epochs" if "epochs" in change else ""
+    networks = f"{change['ensemble']} of " if "ensemble" in change else ""
     return f"{networks}{change.get('model') or change.get('preset', 'baseline')}{epochs}"
-
-
-@command
-def main(argv=None):
-    parser = Parser(
-        description="Make the runs that the table lacks: by default all, half a day with bfloat16.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    parser.add_argument("--data-dir", type=Path, default=Path("data"), help="folder of CIFAR-10")
-    parser.add_argument("--dataset", default="cifar10", choices=("cifar10", "digits"),
-                        help="data set; the report is of CIFAR-10 only")  # fmt: skip
-    parser.add_argument("--presets", nargs="+", default=list(CHANGES), choices=CHANGES,
-                        help="what is changed")  # fmt: skip
-    names = {name_of(preset, change, 0)["change"] for preset in CHANGES for change in CHANGES[preset]}
-    parser.add_argument("--changes", nargs="+", metavar="CHANGE", choices=sorted(names),
-                        help='as in the column "change" of the table: none, dropout, "optimizer lr"')  # fmt: skip
-    parser.add_argument("--seeds", nargs="+", type=integer(0, 2**128), default=[0, 1, 2],
-                        help="the seeds themselves, not their number")  # fmt: skip
-    parser.add_argument("--table", type=Path, default=part2.ABLATION, help="CSV file to add to")
-    parser.add_argument("--report", action="store_true", help="table and plot only")
-    a = parser.parse_args(argv)
-    runs = [
-        (seed, preset, change)
-        for seed in a.seeds for preset in a.presets for change in CHANGES[preset]
-        if not a.changes or name_of(preset, change, seed)["change"] in a.changes
-    ]  # fmt: skip
-    if not runs:
-        raise UserError("no run has these presets, changes and seeds")
-    if not a.report:
-        measure(runs, a)
-    if a.report or part2.measured_gains(part2.read_table(a.table)):
-        report(a.table)
-
-
-def measure(runs, a):
-    """Make the runs that have no row yet, and add a row for each."""
-    output_folder(a.table.parent)
-    data = None
-    for seed, preset, change in runs:
-        name = name_of(preset, change, seed) | {"dataset": a.dataset}
-        if has_row(part2.read_table(a.table), name):
-            continue
-        settings = settings_of(preset, change, seed, a.dataset)
-        if data is None:
-            part2.prepare_machine(part2.torch.device(settings.device))
-            data = part2.load_data(a.dataset, a.data_dir).to(settings.device)
-        say(f"{preset}, {part2.flags_text(change) or 'as it is'}, seed {seed}")
-        folder = checkpoints_of(settings, Path(f"{a.table.resolve().parent}-runs"))
-        try:
-            metrics = run(settings, data, folder)
-        except RunFailed as error:
-            say(f"  no row: {error}")
-            continue
-        share, seconds = metrics["test_accuracy"], metrics["train_seconds"]
-        rows = part2.read_table(a.table)
-        if has_row(rows, name):  # another process made it meanwhile
-            continue
-        rows.append(name | {
-            "epochs": settings.epochs, "parameters": metrics["parameters"],
-            "test_accuracy": share, "train_seconds": round(seconds, 1),
-        })  # fmt: skip
-        write_csv(a.table, {key: [row[key] for row in rows] for key in rows[0]})
-        say(f"  test accuracy {share:.2%} after {seconds:.0f} s")
-
-
-def has_row(rows, name):
-    return any(name.items() <= row.items() for row in rows)
 
 
 if __name__ == "__main__":

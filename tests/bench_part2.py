@@ -41,13 +41,18 @@ def run_plain(data_dir, epochs, seed):
     from torchvision import datasets, transforms
 
     torch.manual_seed(seed)
-    scale = [transforms.ToTensor(),
-             transforms.Normalize((0.4914, 0.4822, 0.4465), (0.247, 0.2435, 0.2616))]  # fmt: skip
+    scale = [
+        transforms.ToTensor(),
+        transforms.Normalize((0.4914, 0.4822, 0.4465), (0.247, 0.2435, 0.2616)),
+    ]
     augment = [transforms.RandomCrop(32, padding=4), transforms.RandomHorizontalFlip()]
-    sets = [datasets.CIFAR10(data_dir, train, transforms.Compose(steps))
-            for train, steps in ((True, augment + scale), (False, scale))]  # fmt: skip
-    train, test = (torch.utils.data.DataLoader(s, 128, shuffle=s is sets[0], num_workers=2)
-                   for s in sets)  # fmt: skip
+    sets = [
+        datasets.CIFAR10(data_dir, train, transforms.Compose(steps))
+        for train, steps in ((True, augment + scale), (False, scale))
+    ]
+    train, test = (
+        torch.utils.data.DataLoader(s, 128, shuffle=s is sets[0], num_workers=2) for s in sets
+    )
     model = plain_network(0.5)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.001)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=5, gamma=0.5)
@@ -69,10 +74,20 @@ def plain_network(dropout):
     from torch import nn
 
     return nn.Sequential(
-        nn.Conv2d(3, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(), nn.MaxPool2d(2),
-        nn.Conv2d(32, 64, 3, padding=1), nn.BatchNorm2d(64), nn.ReLU(), nn.MaxPool2d(2),
-        nn.Flatten(), nn.Linear(4096, 64), nn.ReLU(), nn.Dropout(dropout), nn.Linear(64, 10),
-    )  # fmt: skip
+        nn.Conv2d(3, 32, 3, padding=1),
+        nn.BatchNorm2d(32),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(32, 64, 3, padding=1),
+        nn.BatchNorm2d(64),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(4096, 64),
+        nn.ReLU(),
+        nn.Dropout(dropout),
+        nn.Linear(64, 10),
+    )
 
 
 def tested(model, batches):
@@ -92,15 +107,11 @@ def tested(model, batches):
 
 def prepare_ours(data_dir, **options):
     """The script as a module, the baseline's settings on this processor, and CIFAR-10."""
-    import torch
-
     import part2_cifar_cnn as part2
 
-    settings, _ = part2.resolve(part2.Settings(
-        dataset="cifar10", device="cpu", select_on="last", **options
-    ))  # fmt: skip
-    part2.prepare_machine(torch.device("cpu"))
-    return part2, settings, part2.load_cifar10(Path(data_dir))
+    how = {"dataset": "cifar10", "device": "cpu", "select_on": "last"}
+    settings = part2.prepare_machine(part2.Settings(**how | options))
+    return part2, settings, part2.load_data(settings, Path(data_dir))
 
 
 def run_ours(data_dir, epochs, seed, side):
@@ -109,18 +120,19 @@ def run_ours(data_dir, epochs, seed, side):
     options |= {"warmup_epochs": 2.0} if side == "warmup" else {}
     part2, settings, data = prepare_ours(data_dir, **options)
     if side == "order":
-        part2.small = plain_network
+        part2.MODELS["small"] = plain_network
     training = part2.Training(settings, data)
     if side == "torchvision":
-        part2.load_batch = lambda data, settings, drawn: torchvision_batch(
-            part2, data, drawn["order"])
+        part2.crop_and_flip = torchvision_crop_and_flip
     if side == "rounded":
         round_to_bfloat16(training.model)
     for _ in range(epochs):
-        training.run_epoch()
+        start = time.perf_counter()
+        row = part2.train_epoch(training)
+        training.history.append(row | {"seconds": time.perf_counter() - start})
     batches = (
         (part2.normalise(images, data.mean, data.std), labels)
-        for images, labels in zip(data.test_images.split(500), data.test_labels.split(500))
+        for images, labels in zip(data.test.images.split(500), data.test.labels.split(500))
     )
     with part2.autocast(settings):
         return [row["seconds"] for row in training.history], *tested(training.model, batches)
@@ -132,7 +144,12 @@ def precision_of(side):
 
     import part2_cifar_cnn as part2
 
-    asked = {"plain": "float32", "rounded": "float32", "float32": "float32", "bfloat16": "bfloat16"}
+    asked = {
+        "plain": "float32",
+        "rounded": "float32",
+        "float32": "float32",
+        "bfloat16": "bfloat16",
+    }
     return part2.choose_precision(asked.get(side, "auto"), torch.device("cpu"))
 
 
@@ -163,15 +180,14 @@ def round_to_bfloat16(model):
     model[-1].register_forward_hook(lambda layer, inputs, output: Round.apply(output))
 
 
-def torchvision_batch(part2, data, order):
+def torchvision_crop_and_flip(images, index, *drawn):
     """Torchvision's random crop and flip, drawn by itself for each image."""
     import torch
     from torchvision.transforms import v2
 
     augment = v2.Compose([v2.RandomCrop(32, padding=4), v2.RandomHorizontalFlip()])
-    images = data.images[order].permute(0, 3, 1, 2)
-    images = torch.stack([augment(image) for image in images]).permute(0, 2, 3, 1)
-    return part2.normalise(images, data.mean, data.std), data.labels[order]
+    images = images[index].permute(0, 3, 1, 2)
+    return torch.stack([augment(image) for image in images]).permute(0, 2, 3, 1)
 
 
 def profile(data_dir, steps=50):
@@ -181,11 +197,11 @@ def profile(data_dir, steps=50):
     import torch
 
     part2, settings, data = prepare_ours(data_dir)
-    n = steps * settings.batch_size
-    training = part2.Training(settings, replace(data, images=data.images[:n], labels=data.labels[:n]))
-    training.train(1, [])  # warm
+    data = replace(data, train=data.train[: steps * settings.batch_size])
+    training = part2.Training(settings, data)
+    part2.train_epoch(training)  # warm
     with torch.profiler.profile() as profiler:
-        training.train(2, [])
+        part2.train_epoch(training)
     print(profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=14))
 
 
@@ -193,10 +209,15 @@ def child(side, data_dir, epochs, seed):
     """One run in this process; prints its result as JSON."""
     run = run_plain if side == "plain" else lambda *args: run_ours(*args, side)
     seconds, accuracy, dead = run(data_dir, epochs, seed)
-    peaks = (resource.getrusage(who).ru_maxrss
-             for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))  # fmt: skip
-    print(json.dumps({"seconds": seconds, "accuracy": accuracy, "dead": dead,
-                      "megabytes": max(peaks) / 1e3}))  # fmt: skip
+    peaks = (
+        resource.getrusage(who).ru_maxrss
+        for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    )
+    print(
+        json.dumps(
+            {"seconds": seconds, "accuracy": accuracy, "dead": dead, "megabytes": max(peaks) / 1e3}
+        )
+    )
 
 
 def matmul_peak(dtype, size=2048, repeats=5):
@@ -219,7 +240,7 @@ def flops_per_image():
 
     import part2_cifar_cnn as part2
 
-    model = part2.build_model({"model": "small", "dropout": 0.5, "ensemble": 1})
+    model = part2.build_model({"model": "small", "dropout": 0.5})
     with FlopCounterMode(display=False) as counter:
         model(torch.zeros(128, 3, 32, 32)).sum().backward()
     return counter.get_total_flops() / 128
@@ -243,17 +264,34 @@ def main(argv=None):
     import torch
 
     results = {side: [] for side in a.sides}
-    peaks = {name: matmul_peak(getattr(torch, name))
-             for name in sorted({"float32", *map(precision_of, a.sides)})}  # fmt: skip
+    peaks = {
+        name: matmul_peak(getattr(torch, name))
+        for name in sorted({"float32", *map(precision_of, a.sides)})
+    }
     operations = flops_per_image() * 50_000
-    print("matrix product: " + ", ".join(f"{v:.0f} GFLOP/s in {k}" for k, v in peaks.items())
-          + f"; {torch.get_num_threads()} threads, torch {torch.__version__}")  # fmt: skip
-    print("side         seed  s/epoch  images/s  peak MB  test accuracy  share of peak  dead",
-          flush=True)  # fmt: skip
+    print(
+        "matrix product: "
+        + ", ".join(f"{v:.0f} GFLOP/s in {k}" for k, v in peaks.items())
+        + f"; {torch.get_num_threads()} threads, torch {torch.__version__}"
+    )
+    print(
+        "side         seed  s/epoch  images/s  peak MB  test accuracy  share of peak  dead",
+        flush=True,
+    )
     for seed in range(a.seeds):
         for side in a.sides:
-            run = [sys.executable, __file__, "--child", side, "--seed", str(seed),
-                   "--data-dir", a.data_dir, "--epochs", str(a.epochs)]  # fmt: skip
+            run = [
+                sys.executable,
+                __file__,
+                "--child",
+                side,
+                "--seed",
+                str(seed),
+                "--data-dir",
+                a.data_dir,
+                "--epochs",
+                str(a.epochs),
+            ]
             done = subprocess.run(run, capture_output=True, text=True)
             if done.returncode:
                 why = (done.stderr.strip() or f"status {done.returncode}").splitlines()[-1]
@@ -262,15 +300,19 @@ def main(argv=None):
             results[side].append(result)
             pace = statistics.median(result["seconds"])
             share = operations / pace / 1e9 / peaks[precision_of(side)]
-            print(f"{side:<12} {seed:>4} {pace:>8.2f} {50_000 / pace:>9.0f} "
-                  f"{result['megabytes']:>8.0f} {result['accuracy']:>14.2%} {share:>14.0%} "
-                  f"{result['dead']:>5}", flush=True)  # fmt: skip
+            print(
+                f"{side:<12} {seed:>4} {pace:>8.2f} {50_000 / pace:>9.0f} "
+                f"{result['megabytes']:>8.0f} {result['accuracy']:>14.2%} {share:>14.0%} "
+                f"{result['dead']:>5}",
+                flush=True,
+            )
     for side, runs in results.items():
         shares = [run["accuracy"] for run in runs]
         spread = f" +- {statistics.stdev(shares):.2%}" if len(shares) > 1 else ""
         pace = statistics.median(s for run in runs for s in run["seconds"])
-        print(f"{side}: {statistics.mean(shares):.2%}{spread} (n = {len(runs)}), "
-              f"{pace:.2f} s/epoch")  # fmt: skip
+        print(
+            f"{side}: {statistics.mean(shares):.2%}{spread} (n = {len(runs)}), {pace:.2f} s/epoch"
+        )
 
 
 if __name__ == "__main__":
