@@ -14,9 +14,9 @@ best on 5,000 held-out training images is kept; the test images are used once, a
 Each run has a folder: best.pt (the network), last.pt (what --resume continues from),
 config.json, history.csv, metrics.json, test_scores.csv and the figures 01_... to 05_...png.
 
-The story comes first and can be read aloud: main, 1 machine and data, 2 the network, 3 training,
-4 evaluation. What it uses follows: data sets, more networks, optimizers and schedules, 5 to 7
-the report, 8 files, figures, options.
+The story comes first: main, 1 machine and data, 2 the network, 3 training, 4 evaluation. What
+it uses follows: data sets, augmentations, more networks, optimizers, 5 to 7 the report, 8 files,
+figures, options.
 """
 
 import argparse
@@ -44,37 +44,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchvision.datasets import CIFAR10
 from torchvision.ops import SqueezeExcitation
 
-from utils import (
-    BLUE,
-    ORANGE,
-    RED,
-    Archive,
-    Interrupted,
-    Parser,
-    RunFailed,
-    Unavailable,
-    UserError,
-    check_md5,
-    check_output,
-    choose_device,
-    command,
-    ctrl_c,
-    derive_seed,
-    draw_figures,
-    integer,
-    load_checkpoint,
-    number,
-    output_folder,
-    read_csv,
-    read_json,
-    save_checkpoint,
-    say,
-    show_progress,
-    tell,
-    unpacked,
-    write_csv,
-    write_json,
-)
+import utils
+from utils import UserError, command, derive_seed, integer, number, say, tell
 
 # Streams of random numbers: every draw follows from (seed, stream, epoch).
 WEIGHTS, ORDER, MIRRORS_ONCE, LAYERS, PLOTS = range(5)
@@ -103,7 +74,7 @@ def main(argv=None):
     result = evaluate(networks, data)  # here the test images are used
     report(result)
     save_result(result, folder)
-    draw_figures(FIGURES, result, folder, a.show)
+    utils.draw_figures(FIGURES, result, folder, a.show)
 
 
 # %% 1. Machine and data
@@ -111,7 +82,7 @@ def main(argv=None):
 
 def prepare_machine(settings):
     """Make this process fast and its results repeatable; the settings without "auto"."""
-    device, reason = choose_device(settings.device)
+    device, reason = utils.choose_device(settings.device)
     precision = choose_precision(settings.precision, device)
     say("1. Machine and data")
     tell(f"Computing on {device} ({reason}) in {precision}.")
@@ -297,7 +268,7 @@ def train(training, folder):
     history, epochs = training.history, training.settings.epochs
     say("  epoch         lr  train loss  train acc  eval loss  eval acc  seconds")
     try:
-        with ctrl_c() as pressed:
+        with utils.ctrl_c() as pressed:
             while len(history) < epochs:
                 start = time.monotonic()
                 row = train_epoch(training, pressed)
@@ -306,9 +277,9 @@ def train(training, folder):
                 save(training, folder)
                 say(row_text(history[-1]))
             if pressed:
-                raise Interrupted
+                raise utils.Interrupted
     except KeyboardInterrupt:
-        raise Interrupted(how_to_continue(training, folder)) from None
+        raise utils.Interrupted(how_to_continue(training, folder)) from None
 
 
 def train_epoch(training, pressed=()):
@@ -323,7 +294,7 @@ def train_epoch(training, pressed=()):
     model.train()  # dropout is on, and BatchNorm uses the statistics of the batch
     for images, targets in batches(training.data, settings, epoch):
         if pressed:
-            raise Interrupted
+            raise utils.Interrupted
         with autocast(settings):
             logits = model(images).float()  # (b, classes)
         loss = F.cross_entropy(logits, targets, label_smoothing=settings.label_smoothing)
@@ -343,18 +314,18 @@ def train_epoch(training, pressed=()):
         seen += len(images)
         if time.monotonic() - shown > 0.5:
             check_finite(loss_sum, row)
-            show_progress(f"  epoch {epoch}: {seen:,} of {len(training.data.train):,} images")
+            utils.show_progress(f"  epoch {epoch}: {seen:,} of {len(training.data.train):,}")
             shown = time.monotonic()
     check_finite(loss_sum, row)
     check_finite(sum(w.double().abs().sum() for w in model.state_dict().values()), row)
-    show_progress("")
+    utils.show_progress("")
     return row | {"train_loss": loss_sum.item() / seen, "train_accuracy": right.item() / seen}
 
 
 def check_finite(total, row):
     """Stop a run that diverges, before it replaces what was saved of the epochs before."""
     if not math.isfinite(total):
-        raise RunFailed(
+        raise utils.RunFailed(
             f"the loss or a weight is no longer finite in epoch {row['epoch']}, which began with "
             f"learning rate {row['lr']:g}: start again with a lower --lr"
         )
@@ -414,15 +385,7 @@ VIEWS = {
 def predict(network, images, batch=500):
     """Logits of images, averaged over the views that the network's settings ask for.
 
-    Parameters
-    ----------
-    network : Network
-    images : Tensor of uint8, shape (n, 32, 32, 3)
-        On the device of the network.
-
-    Returns
-    -------
-    Tensor of float32, shape (n, classes)
+    ``images`` are uint8 (n, 32, 32, 3), on the device of the network; logits float32 (n, classes).
     """
     model, settings, logits = network.model.eval(), network.settings, []
     views = [view for view in VIEWS[settings.tta] if network.mirror or not view[2]]
@@ -466,11 +429,7 @@ class Result:
     metrics: dict  # as in metrics.json
     labels: np.ndarray  # int64 (n,), of the test images
     probs: np.ndarray  # float32 (n, classes)
-
-    @property
-    def preds(self):
-        """The likeliest class of each test image, int64 (n,)."""
-        return self.probs.argmax(1)
+    preds: np.ndarray  # the likeliest class of each, int64 (n,)
 
 
 def evaluate(networks, data):
@@ -485,7 +444,7 @@ def evaluate(networks, data):
     metrics |= {"train_accuracy": right.mean()}
     metrics["verdict"] = verdict(right.mean(), metrics["test_accuracy"])
     metrics["suggestions"] = suggestions(networks)
-    return Result(networks, data, metrics, labels, probs)
+    return Result(networks, data, metrics, labels, probs, probs.argmax(1))
 
 
 # %% The data sets
@@ -506,7 +465,7 @@ def find_data(name, folder):
         return load_digits()
     try:
         return load_cifar10(folder)
-    except Unavailable as error:
+    except utils.Unavailable as error:
         if name == "cifar10":
             raise UserError(f"{error}, or use --dataset digits") from error
         say("", "!" * 72, "!!  CIFAR-10 IS NOT AVAILABLE: THIS RUN USES THE SMALL DIGITS")
@@ -518,8 +477,8 @@ def find_data(name, folder):
 
 def load_cifar10(folder):
     """CIFAR-10 (Krizhevsky 2009) from its batches, else its archive, else a server."""
-    archive = Archive(CIFAR10.filename, 170_498_071, CIFAR10.tgz_md5, MIRRORS)
-    with unpacked(archive, CIFAR10.base_folder, folder) as where:
+    archive = utils.Archive(CIFAR10.filename, 170_498_071, CIFAR10.tgz_md5, MIRRORS)
+    with utils.unpacked(archive, CIFAR10.base_folder, folder) as where:
         return read_cifar10(where)
 
 
@@ -530,7 +489,7 @@ def read_cifar10(folder):
     except (RuntimeError, OSError):
         files = [*CIFAR10.train_list, *CIFAR10.test_list]
         for name, md5 in [*files, [CIFAR10.meta["filename"], CIFAR10.meta["md5"]]]:
-            check_md5(folder / CIFAR10.base_folder / name, md5, folder / CIFAR10.base_folder)
+            utils.check_md5(folder / CIFAR10.base_folder / name, md5, folder / CIFAR10.base_folder)
         raise
     images = (torch.from_numpy(part.data).contiguous() for part in parts)  # not a view of planes
     train, test = (Split(i, torch.tensor(part.targets)) for i, part in zip(images, parts))
@@ -592,11 +551,8 @@ def crop_and_flip(images, index, top, left, mirrored, fill="black"):
     Parameters
     ----------
     images : Tensor of uint8, shape (n, h, w, 3)
-    index : Tensor of int64, shape (b,)
-        Which images.
-    top, left : Tensor of int64, shape (b,)
-        First row and column of the window; negative or positive, 0 for no shift.
-    mirrored : Tensor of bool, shape (b,)
+    index, top, left, mirrored : Tensor of int64, shape (b,)
+        Which images; first row and column of the window, 0 for no shift; 1 to mirror it.
     fill : {"black", "reflect"}
         What the window shows outside the image.
 
@@ -890,7 +846,6 @@ VERDICTS = {  # what the accuracy on training images and the gap to the test ima
     "little left": "Hardly a gap and hardly an error: there is little left to gain.",
     "underfits": "Hardly a gap: it underfits, so a larger network or more epochs should help.",
 }
-
 CHOSEN = {
     "val": "chosen on held-out training images",
     "last": "the last one",
@@ -899,14 +854,9 @@ CHOSEN = {
 
 
 def verdict(train, test):
-    """Name what the accuracies say, as in `VERDICTS`."""
-    if train < 0.35:
-        return "hardly learned"
-    if train - test > 0.1:
-        return "memorises"
-    if train - test > 0.03:
-        return "balanced"
-    return "little left" if train > 0.95 else "underfits"
+    """Name what the two accuracies say, a key of `VERDICTS`."""
+    met = train < 0.35, train - test > 0.1, train - test > 0.03, train > 0.95, True
+    return list(VERDICTS)[met.index(True)]
 
 
 def describe(networks, data):
@@ -960,7 +910,7 @@ def suggestions(networks, most=10):
         return []
     used = {f"{key.replace('_', '-')} {value}" for key, value in asdict(settings).items()}
     has = {True: [], False: []}
-    for row in read_csv(GAINS):
+    for row in utils.read_csv(GAINS):
         row["points"], parts = float(row["points"]), row["flags"].removeprefix("--").split(" --")
         has[used.issuperset(parts)].append(row)
     reached = max((row["points"] for row in has[True]), default=0.0)
@@ -1023,10 +973,10 @@ MACHINE = {"device", "precision"}  # settings that do not make a run another one
 
 def claim_folder(a, settings):
     """Make the run's folder; refuse one that holds a run with other settings."""
-    folder = output_folder(run_folder(a, settings))
+    folder = utils.output_folder(run_folder(a, settings))
     if a.resume or a.overwrite or not os.path.exists(folder / "config.json"):
         return folder
-    stored, wanted = read_json(folder / "config.json"), asdict(settings)
+    stored, wanted = utils.read_json(folder / "config.json"), asdict(settings)
     others = [key for key in wanted if key not in MACHINE and stored.get(key) != wanted[key]]
     if others:
         raise UserError(
@@ -1046,12 +996,14 @@ def save(training, folder):
     stale += [folder / "metrics.json", folder / "test_scores.csv", *folder.glob("??_*.png")]
     for path in stale:
         path.unlink(missing_ok=True)
-    write_json(folder / "config.json", asdict(training.settings))
-    write_csv(folder / "history.csv", {key: [row[key] for row in history] for key in history[0]})
+    utils.write_json(folder / "config.json", asdict(training.settings))
+    utils.write_csv(
+        folder / "history.csv", {key: [row[key] for row in history] for key in history[0]}
+    )
     if best_epoch(history) == len(history):
-        save_checkpoint(folder / "best.pt", **contents(training.network))
+        utils.save_checkpoint(folder / "best.pt", **contents(training.network))
     parts = {name: part.state_dict() for name, part in training.parts.items()}
-    save_checkpoint(folder / "last.pt", **contents(training.network) | parts)
+    utils.save_checkpoint(folder / "last.pt", **contents(training.network) | parts)
 
 
 ABOUT = ("classes", "mean", "std", "mirror", "history")  # of a network, beside weights and config
@@ -1066,7 +1018,7 @@ def contents(network):
 def load_network(path):
     """Load a trained network from best.pt, or from the run in a folder, onto the CPU."""
     path = path / "best.pt" if path.is_dir() else path
-    stored = load_checkpoint(path)
+    stored = utils.load_checkpoint(path)
     try:
         model = build_model(stored["config"])
         model.load_state_dict(stored["model"])
@@ -1105,8 +1057,6 @@ def finished_runs(a):
     how = {"device": "auto", "precision": "auto"} | a.given
     if len(how) > 2:
         raise UserError("--evaluate takes the settings of the runs: leave other options out")
-    first = a.evaluate[0] if a.evaluate[0].is_dir() else a.evaluate[0].parent
-    folder = output_folder(a.output_dir or first / "evaluation")
     here = prepare_machine(replace(networks[0].settings, **how))
     data = load_data(here, a.data_dir)
     say("", f"2. The networks: {len(networks)}")
@@ -1116,8 +1066,8 @@ def finished_runs(a):
         how = {"device": here.device, "precision": here.precision}
         networks[i] = replace(network, settings=replace(network.settings, **how))
         say(f"  {a.evaluate[i]}: {network.settings.model}, {network.n_parameters:,} parameters")
-    say("", "3. Training: none, these runs are finished")
-    return networks, data, folder
+    first = a.evaluate[0] if a.evaluate[0].is_dir() else a.evaluate[0].parent
+    return networks, data, utils.output_folder(a.output_dir or first / "evaluation")
 
 
 def how_to_continue(training, folder):
@@ -1135,8 +1085,8 @@ def save_result(result, folder):
     say("", f"8. Files in {folder}")
     labels = [result.data.classes[label] for label in result.labels]
     columns = {name: result.probs[:, i].astype(str) for i, name in enumerate(result.data.classes)}
-    write_csv(folder / "test_scores.csv", {"label": labels} | columns)
-    write_json(folder / "metrics.json", result.metrics)
+    utils.write_csv(folder / "test_scores.csv", {"label": labels} | columns)
+    utils.write_json(folder / "metrics.json", result.metrics)
     say(*(f"  {path.name}" for path in sorted(folder.iterdir()) if path.suffix != ".png"))
 
 
@@ -1175,11 +1125,11 @@ def plot_history(plt, result):
         epochs, split = column["epoch"], column["eval_split"][0]
         for axes, key in ((loss, "loss"), (share, "accuracy")):
             label = "training (on the way)"
-            axes.plot(epochs, column[f"train_{key}"], "o-", color=BLUE, label=label)
+            axes.plot(epochs, column[f"train_{key}"], "o-", color=utils.BLUE, label=label)
             if split != "none":
                 label = f"{split} (clean)"
-                axes.plot(epochs, column[f"eval_{key}"], "s--", color=ORANGE, label=label)
-        lr.plot(epochs, column["lr"], "o-", drawstyle="steps-post", color=RED)
+                axes.plot(epochs, column[f"eval_{key}"], "s--", color=utils.ORANGE, label=label)
+        lr.plot(epochs, column["lr"], "o-", drawstyle="steps-post", color=utils.RED)
     loss.set_ylabel("cross-entropy")
     share.set_ylabel("accuracy")
     lr.set(ylabel="learning rate at its start", ylim=(0, None))
@@ -1200,8 +1150,8 @@ def plot_classes(plt, result):
     (best, _), *_, (worst, _) = shares
     mean = 100 * result.metrics["test_accuracy"]
     figure, axes = plt.subplots()
-    axes.barh([f"{k}  {v:.1%}" for k, v in shares], [100 * v for _, v in shares], color=BLUE)
-    axes.axvline(mean, color=RED, ls="--")
+    axes.barh([f"{k}  {v:.1%}" for k, v in shares], [100 * v for _, v in shares], color=utils.BLUE)
+    axes.axvline(mean, color=utils.RED, ls="--")
     axes.set(
         xlabel="test accuracy (%); dashed: all classes",
         xlim=(0, 100),
@@ -1247,9 +1197,9 @@ def plot_predictions(plt, result, rows=4, columns=6):
     chosen = np.concatenate([right, wrong])
     figure = image_grid(plt, result.data.test.images.cpu()[chosen], rows, columns)
     for axes, i in zip(figure.axes, chosen):
-        text, color = f"{classes[preds[i]]}: {result.probs[i].max():.0%}", BLUE
+        text, color = f"{classes[preds[i]]}: {result.probs[i].max():.0%}", utils.BLUE
         if preds[i] != labels[i]:
-            text, color = f"{text}\nis {classes[labels[i]]}", RED
+            text, color = f"{text}\nis {classes[labels[i]]}", utils.RED
         axes.set_title(text, fontsize=9, loc="center", color=color)
     counts = f"{len(right)} right (blue) and {len(wrong)} wrong (orange) guesses"
     figure.suptitle(f"{result.data.name}: {counts}")
@@ -1352,7 +1302,7 @@ def parse_arguments(argv):
     )
     how = {"initial_indent": "  ", "subsequent_indent": "    ", "break_on_hyphens": False}
     bundles = "\n".join(textwrap.fill(text, 78, **how) for text in bundles)
-    parser = Parser(
+    parser = utils.Parser(
         description="Train a CNN on CIFAR-10 and report what it has learned.",
         epilog=f"presets, as the options they stand for:\n{bundles}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -1363,13 +1313,11 @@ def parse_arguments(argv):
         how["help"] += f" (default: {option.default})"
         parser.add_argument(f"--{option.name.replace('_', '-')}", default=argparse.SUPPRESS, **how)
     add = parser.add_argument
-    text = "folder that holds or receives CIFAR-10 (default: data)"
-    add("--data-dir", type=Path, default=Path("data"), help=text)
+    add("--data-dir", type=Path, default=Path("data"), help="folder of CIFAR-10 (default: data)")
     text = "where to write (default: outputs/part2, with the names of preset and data set)"
     add("--output-dir", type=Path, help=text)
     one_of = parser.add_mutually_exclusive_group().add_argument
-    text = "replace a run with other settings in the output folder"
-    one_of("--overwrite", action="store_true", help=text)
+    one_of("--overwrite", action="store_true", help="replace a run with other settings")
     text = "continue the run in a folder (default: the output folder), with its settings"
     one_of("--resume", type=Path, nargs="?", const=True, metavar="FOLDER", help=text)
     text = "train nothing: judge the average of finished runs (folders, or files like best.pt)"
@@ -1409,7 +1357,7 @@ def choose_settings(a):
         raise UserError(f"--momentum is for sgd and muon; {settings.optimizer} has its own")
     if "crop_fill" in given and not settings.crop_padding:
         raise UserError("--crop-fill is for shifted images: give a --crop-padding, too")
-    check_output(folder)
+    utils.check_output(folder)
     return settings, None
 
 
@@ -1421,7 +1369,7 @@ def settings_to_resume(folder, given):
     path = folder / "last.pt"
     if not os.path.exists(path):
         raise UserError(f"there is no run to resume in {folder}: leave --resume out to start one")
-    state = load_checkpoint(path)
+    state = utils.load_checkpoint(path)
     try:
         stored = settings_of(state["config"])
     except (KeyError, TypeError, ValueError) as error:

@@ -324,7 +324,7 @@ def test_the_training_curves_have_a_line_for_each_network(data):
     ]
     network = network_with(None, data)
     networks = [replace(network, history=history) for history in histories]
-    result = part2.Result(networks, data, {"test_accuracy": 0.5}, None, None)
+    result = part2.Result(networks, data, {"test_accuracy": 0.5}, None, None, None)
     figure = part2.plot_history(load_pyplot(), result)
     lines = figure.axes[0].get_lines()
     assert [list(line.get_xdata()) for line in lines] == [[1, 2, 3]] * 2
