@@ -125,14 +125,9 @@ def tell(text):
     say(text)
 
 
-def on_terminal():
-    """Whether standard output is a terminal, where a line may be drawn over."""
-    return bool(sys.stdout) and sys.stdout.isatty()
-
-
 def show_progress(text):
-    """Draw ``text`` over the current line; nothing where that cannot be done."""
-    if on_terminal():
+    """Draw ``text`` over the current line; nothing where standard output is no terminal."""
+    if sys.stdout and sys.stdout.isatty():
         print(f"\r\033[K{text}", end="", flush=True)
 
 
@@ -386,15 +381,8 @@ def _fetch(url, file, stall_seconds):
 # %% Plots
 
 # Okabe and Ito's colours can be told apart with every kind of colour vision.
-BLACK, ORANGE, SKY, GREEN, BLUE, RED, PURPLE = (
-    "#000000",
-    "#E69F00",
-    "#56B4E9",
-    "#009E73",
-    "#0072B2",
-    "#D55E00",
-    "#CC79A7",
-)
+OKABE_ITO = "#000000 #E69F00 #56B4E9 #009E73 #0072B2 #D55E00 #CC79A7"
+BLACK, ORANGE, SKY, GREEN, BLUE, RED, PURPLE = OKABE_ITO.split()
 STYLE = {
     "figure.figsize": (8, 5),
     "figure.dpi": 100,

@@ -1,13 +1,18 @@
 """What all tests share: the import path, Ctrl-C, plots without a screen, data and quick runs."""
 
 import os
+import pickle
 import signal
 import sys
+import tarfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import matplotlib
+import numpy as np
 import pytest
 import torch
+from torchvision.datasets import CIFAR10
 
 # Tiny networks gain nothing from threads, and a forked child cannot use its parent's.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -15,9 +20,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 matplotlib.use("Agg")
 signal.signal(signal.SIGINT, signal.default_int_handler)  # under nohup it is ignored
 
-from helpers import first  # noqa: E402
+from helpers import ARCHIVE, BATCHES, first, quick_runs, run  # noqa: E402
 
 import part2_cifar_cnn as part2  # noqa: E402
+import utils  # noqa: E402
 
 
 def _folder(variable, content):
@@ -55,10 +61,45 @@ def few_digits(digits):
 
 
 @pytest.fixture
-def quick(few_digits, monkeypatch):
+def quick(few_digits):
     """Runs of part 2 on 200 digits and without figures, which take a moment only."""
-    monkeypatch.setattr(part2, "load_digits", lambda: few_digits)
-    monkeypatch.setattr(part2, "FIGURES", {})
+    with quick_runs(few_digits):
+        yield
+
+
+@pytest.fixture(scope="session")
+def whole(few_digits, tmp_path_factory):
+    """Folder of a quick run that nobody interrupted; copy it to change it."""
+    folder = tmp_path_factory.mktemp("whole")
+    with quick_runs(few_digits):
+        assert run(folder) == 0
+    return folder
+
+
+@pytest.fixture
+def tiny(tmp_path, monkeypatch):
+    """CIFAR-10's files in small, whose MD5 sums take the place of the real ones."""
+    rng, folder, empty = np.random.default_rng(0), tmp_path / "data", tmp_path / "empty"
+    files = {"batches.meta": {"label_names": [f"class {i}" for i in range(10)]}}
+    for name in [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]:
+        pixels = rng.integers(0, 256, (20, 3072), dtype=np.uint8)
+        files[name] = {"data": pixels, "labels": [i % 10 for i in range(20)]}
+    (folder / BATCHES).mkdir(parents=True)
+    empty.mkdir()
+    for name, content in files.items():
+        (folder / BATCHES / name).write_bytes(pickle.dumps(content))
+    md5 = {name: utils.md5_of(folder / BATCHES / name) for name in files}
+    archive = tmp_path / ARCHIVE
+    with tarfile.open(archive, "w:gz") as tar:
+        tar.add(folder / BATCHES, BATCHES)
+    train = [[name, md5[name]] for name in files if name.startswith("data_")]
+    monkeypatch.setattr(CIFAR10, "train_list", train)
+    monkeypatch.setattr(CIFAR10, "test_list", [["test_batch", md5["test_batch"]]])
+    monkeypatch.setattr(CIFAR10, "meta", CIFAR10.meta | {"md5": md5["batches.meta"]})
+    monkeypatch.setattr(CIFAR10, "tgz_md5", utils.md5_of(archive))
+    monkeypatch.setattr(part2, "MIRRORS", ())
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    return SimpleNamespace(folder=folder, files=files, md5=md5, archive=archive, empty=empty)
 
 
 @pytest.fixture

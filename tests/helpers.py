@@ -1,11 +1,19 @@
-"""What several test modules use: small data, tables, checkpoints, the ends of a run."""
+"""What several test modules use: small data, quick runs, tables, damaged and hostile files."""
 
 import csv
+import os
+import shlex
+from contextlib import contextmanager
 from dataclasses import replace
 
+import numpy as np
+import pytest
 import torch
 
 import part2_cifar_cnn as part2
+
+ARCHIVE, BATCHES = "cifar-10-python.tar.gz", "cifar-10-batches-py"
+QUICK = shlex.split("--dataset digits --epochs 3 --batch-size 32 --device cpu --precision float32")
 
 
 def read_table(path):
@@ -14,15 +22,47 @@ def read_table(path):
         return list(csv.DictReader(file))
 
 
+def contents(folder):
+    """The bytes of each file in a folder, by name."""
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
 def first(data, n, n_test=100):
     """The same data set with its first images only."""
     return replace(data, train=data.train[:n], test=data.test[:n_test])
 
 
+@contextmanager
+def quick_runs(data):
+    """Part 2 finds ``data`` in place of the digits, and draws no figures."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(part2, "load_digits", lambda: data)
+        patch.setattr(part2, "FIGURES", {})
+        yield
+
+
+def run(folder, *options):
+    """Exit status of part 2, in three short epochs on the digits unless options say otherwise."""
+    return part2.main([*QUICK, "--output-dir", str(folder), *options])
+
+
+def run_tiny(folder, output, dataset="cifar10"):
+    """Exit status of part 2 on the files of the fixture `tiny`."""
+    options = f"--dataset {dataset} --epochs 1 --batch-size 50 --device cpu --data-dir".split()
+    return part2.main([*options, str(folder), "--output-dir", str(output)])
+
+
+def check_tiny(tiny, data):
+    """These are the images and classes of the fixture `tiny`."""
+    expected = np.concatenate([tiny.files[f"data_batch_{i}"]["data"] for i in range(1, 6)])
+    pixels = expected.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+    assert np.array_equal(data.train.images, pixels) and data.classes[3] == "class 3"
+
+
 def error_line(capsys):
     """The one line that a run left on standard error."""
     (line,) = capsys.readouterr().err.strip().splitlines()
-    assert line.startswith("error: ") and "Traceback" not in line
+    assert line.startswith("error: ") and "Traceback" not in line and len(line) < 2000
     return line
 
 
@@ -56,3 +96,33 @@ def state_of(model):
     """Weights and running statistics in one vector."""
     state = model.state_dict().values()
     return torch.cat([value.flatten() for value in state if value.is_floating_point()]).clone()
+
+
+class Hostile:
+    """What makes the file ``marker`` when it is unpickled."""
+
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return os.system, (f"touch {shlex.quote(str(self.marker))}",)
+
+
+def damaged_bytes(data, rng):
+    """Truncate, overwrite, cut out, repeat or insert a few bytes; may leave all as it was."""
+    data, way = bytearray(data), rng.randrange(6)
+    start = rng.randrange(len(data) + 1)
+    length = rng.choice([1, 2, 8, 100])
+    if way == 0:
+        del data[start:]
+    elif way == 1:
+        data[start : start + length] = rng.randbytes(len(data[start : start + length]))
+    elif way == 2:
+        del data[start : start + length]
+    elif way == 3:
+        data[start:start] = data[start : start + length]
+    elif way == 4:
+        data[start:start] = rng.randbytes(length)
+    elif data:
+        data[start % len(data)] ^= 1 << rng.randrange(8)
+    return bytes(data)

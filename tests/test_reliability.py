@@ -1,75 +1,56 @@
-"""Faults of all kinds: nothing is lost, nothing foreign gets in, no traceback is shown."""
+"""Interruptions, full disks, bad servers, wrong options: nothing is lost or mixed up."""
 
 import ctypes
 import hashlib
 import http.server
-import io
 import itertools
 import json
 import os
-import pickle
 import re
 import resource
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
-import tarfile
 import threading
 import time
-import zipfile
 from contextlib import contextmanager, nullcontext
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from torchvision import datasets
+from helpers import (
+    ARCHIVE,
+    BATCHES,
+    QUICK,
+    check_tiny,
+    contents,
+    error_line,
+    first,
+    quick_runs,
+    read_table,
+    run,
+    run_tiny,
+)
 
 import part2_cifar_cnn as part2
 import utils
-from test_part2 import first, read_table
-from utils import RunFailed, UserError, derive_seed, download, load_checkpoint
+from utils import UserError, derive_seed, download, load_checkpoint
 
+pytestmark = pytest.mark.usefixtures("quick")
 ROOT = Path(part2.__file__).resolve().parent
-ARCHIVE, BATCHES = "cifar-10-python.tar.gz", "cifar-10-batches-py"
 STEPS = 6  # in an epoch of the quick runs
-QUICK = "--dataset digits --epochs 3 --batch-size 32 --device cpu --precision float32".split()
-
-
-# --------------------------------------------------------------------- helpers
-
-
-@pytest.fixture(scope="session")
-def few_digits():
-    return first(part2.load_digits(), 200)
-
-
-@pytest.fixture(autouse=True)
-def quick(few_digits, monkeypatch):
-    """Runs on 200 digits and without plots take a moment only."""
-    monkeypatch.setattr(part2, "load_digits", lambda: few_digits)
-    monkeypatch.setattr(part2, "plot_all", lambda *a, **k: {}, raising=False)
-
-
-def run(folder, *options):
-    return part2.main([*QUICK, "--output-dir", str(folder), *options])
-
-
-def error_line(capsys):
-    """The one line that a run left on standard error."""
-    (line,) = capsys.readouterr().err.strip().splitlines()
-    assert line.startswith("error: ") and "Traceback" not in line
-    return line
 
 
 def without_times(value):
     """The same nested value without what was measured with a clock, or depends on it."""
     if isinstance(value, dict):
-        return {key: without_times(item) for key, item in value.items()
-                if not re.search("seconds|per_second|digest", str(key))}  # fmt: skip
+        measured = re.compile("seconds|per_second|digest")
+        return {k: without_times(v) for k, v in value.items() if not measured.search(str(k))}
     if isinstance(value, (list, tuple)):
         return [without_times(item) for item in value]
     if isinstance(value, torch.Tensor):
@@ -79,17 +60,18 @@ def without_times(value):
 
 
 def outcome(folder):
-    """All that a run leaves, time fields apart, as nested lists and dictionaries."""
+    """All that a run leaves, times and figures apart, as nested lists and dictionaries."""
     checkpoints = {
         name: torch.load(folder / name, weights_only=True) for name in ("best.pt", "last.pt")
     }
-    return without_times(checkpoints | {
+    files = {
         "history": read_table(folder / "history.csv"),
         "metrics": json.loads((folder / "metrics.json").read_text()),
         "config": json.loads((folder / "config.json").read_text()),
         "scores": (folder / "test_scores.csv").read_text(),
-        "files": sorted(path.name for path in folder.iterdir()),
-    })  # fmt: skip
+        "files": sorted(path.name for path in folder.iterdir() if path.suffix != ".png"),
+    }
+    return without_times(checkpoints | files)
 
 
 def same(found, expected, where="result"):
@@ -99,45 +81,54 @@ def same(found, expected, where="result"):
         return all(same(found[key], expected[key], f"{where}/{key}") for key in expected)
     if isinstance(expected, (list, tuple)) and len(expected) == len(found):
         return all(same(*pair, f"{where}[{i}]") for i, pair in enumerate(zip(found, expected)))
-    assert found == expected or found != found and expected != expected, where
+    assert found == expected or (found != found and expected != expected), where
     return True
-
-
-def contents(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 @contextmanager
 def at_step(step, action):
-    """Do ``action`` when training (of all epochs) loads its ``step``-th batch."""
-    real, calls = part2.crop_and_flip, itertools.count(1)
+    """Do ``action`` after the ``step``-th step of training, counted over all epochs."""
+    real, steps = part2.batches, itertools.count(1)
 
-    def crop(*args, **options):
-        if not torch.is_inference_mode_enabled() and next(calls) == step:
-            action()
-        return real(*args, **options)
+    def batches(*args, **options):
+        for batch in real(*args, **options):
+            yield batch
+            if next(steps) == step:
+                action()
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(part2, "crop_and_flip", crop)
-        yield calls
+        patch.setattr(part2, "batches", batches)
+        yield steps
+
+
+@contextmanager
+def nan_at_step(step):
+    """The ``step``-th batch of training holds no numbers."""
+    real, steps = part2.batches, itertools.count(1)
+
+    def batches(*args, **options):
+        for images, targets in real(*args, **options):
+            yield images * (np.nan if next(steps) == step else 1), targets
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(part2, "batches", batches)
+        yield
 
 
 def press_ctrl_c():
     signal.raise_signal(signal.SIGINT)
 
 
-def stopped_in_epoch_2(folder, *options):
-    with at_step(STEPS + 2, press_ctrl_c):
+def stop_after_epoch(epoch, folder, *options):
+    """Run, and press Ctrl-C early in the epoch that follows."""
+    with at_step(STEPS * epoch + 1, press_ctrl_c):
         assert run(folder, *options) == 130
 
 
-@contextmanager
-def nan_at_step(step):
-    """The images of the ``step``-th batch and of all that follow hold no numbers."""
-    real, bad = part2.normalise, []
-    with pytest.MonkeyPatch.context() as patch, at_step(step, lambda: bad.append(True)):
-        patch.setattr(part2, "normalise", lambda *a: real(*a) * (np.nan if bad else 1))
-        yield
+def command_in(text):
+    """The words of the command that Ctrl-C printed."""
+    (line,) = text.strip().splitlines()
+    return shlex.split(line[line.index(shlex.quote(sys.executable)) :])
 
 
 @contextmanager
@@ -176,74 +167,49 @@ def modes_bind(*folders):
             folder.chmod(0o755)
 
 
-@pytest.fixture(scope="session")
-def whole(tmp_path_factory):
-    """What an uninterrupted run with the given options leaves (kept for later tests)."""
-    known = {}
+# %% Ctrl-C and --resume
 
-    def expected(*options):
-        if options not in known:
-            folder = tmp_path_factory.mktemp("whole")
-            assert run(folder, *options) == 0
-            known[options] = outcome(folder), folder
-        return known[options][0]
-
-    expected.folder = lambda *options: expected(*options) and known[options][1]
-    return expected
-
-
-# ---------------------------------------------------------------------- resume
-
-SHORT = "--epochs 2 --warmup-epochs 1 --batch-size 16"
-FLAGS = [f"--preset {preset} {SHORT}" for preset in part2.PRESETS] + [
-    "--select-on test",
-    "--select-on last",
-    "--optimizer sgd --schedule cosine --warmup-epochs 1 --grad-clip 1 --weight-decay 1e-3",
-    "--mixup 0.2 --cutout 8 --label-smoothing 0.1 --dropout 0 --seed 3",
+SHORT = "--epochs 2 --warmup-epochs 1 --batch-size 30"
+FLAGS = [
+    f"--preset strong {SHORT} --tta none",  # with its own network, the only large one
+    f"--preset resnet18 --model small {SHORT}",
+    "--optimizer sgd --schedule cosine --warmup-epochs 1 --grad-clip 1 --select-on test",
+    "--optimizer adamw --schedule none --mixup 0.2 --cutout 8 --seed 3 --select-on last",
     "--ema 0.9 --flip alternating --crop-fill reflect --crop-padding 2 --tta shift",
-    "--ensemble 2 --schedule linear --lr 0.003",
     "--precision bfloat16",
 ]
 
 
 @pytest.mark.parametrize("flags", FLAGS)
-def test_resumed_run_is_bit_identical_to_an_uninterrupted_one(
-    flags, whole, few_digits, tmp_path, monkeypatch, capsys
-):
-    flags, folder = flags.split(), tmp_path / "cut"
-    few_digits = first(few_digits, 60, 60)  # some networks are large
-    monkeypatch.setattr(part2, "load_digits", lambda: few_digits)
-    chosen = whole(*flags)["config"]
-    n = len(part2.split_rows(few_digits.labels, chosen["select_on"])[0])
-    steps = -(-n // chosen["batch_size"])
-    with at_step(steps + 1, press_ctrl_c):
-        assert run(folder, *flags) == 130
-    assert [row["epoch"] for row in read_table(folder / "history.csv")][0] == "1"
-    resumed = ["--resume", "--output-dir", str(folder)]
-    if "--ensemble" in flags:  # once more, in the second network
-        with at_step(3 * steps + 1, press_ctrl_c):
-            assert part2.main(resumed) == 130
-        assert "1 of 3 epochs of this network are saved" in capsys.readouterr().err
-    assert part2.main(resumed) == 0
-    assert same(outcome(folder), whole(*flags))
+def test_resumed_run_is_bit_identical_to_an_uninterrupted_one(flags, few_digits, tmp_path):
+    cut, uncut = tmp_path / "cut", tmp_path / "uncut"
+    few = replace(first(few_digits, 60, 60), mirror=True)
+    with quick_runs(few):
+        assert run(uncut, *flags.split()) == 0
+        config = json.loads((uncut / "config.json").read_text())
+        steps = -(-len(part2.set_aside(few, config["select_on"]).train) // config["batch_size"])
+        with at_step(steps + 1, press_ctrl_c):
+            assert run(cut, *flags.split()) == 130
+        assert len(read_table(cut / "history.csv")) == 1
+        assert part2.main(["--resume", str(cut)]) == 0
+    assert same(outcome(cut), outcome(uncut))
 
 
-@pytest.mark.parametrize("epoch", [1, 2, 3])
-def test_ctrl_c_prints_the_command_that_continues(epoch, whole, tmp_path, capsys):
-    folder = tmp_path / "a folder with spaces"
-    with at_step(STEPS * (epoch - 1) + 3, press_ctrl_c) as calls:
-        assert run(folder, "--seed", "4") == 130
-        assert next(calls) == STEPS * (epoch - 1) + 4  # the current step was the last
-    text = capsys.readouterr()
-    (line,) = text.err.strip().splitlines()
-    assert "Traceback" not in text.out + text.err
-    if epoch > 1:
-        assert len(read_table(folder / "history.csv")) == epoch - 1
-        assert len(load_checkpoint(folder / "last.pt")["history"]) == epoch - 1
-    script, *options = shlex.split(re.search(r"python3? (.*)", line)[1])
-    assert script.endswith("part2_cifar_cnn.py")
-    assert part2.main(options) == 0
-    assert same(outcome(folder), whole("--seed", "4"))
+def test_ctrl_c_prints_a_command_that_continues(digits, tmp_path, capsys):
+    """In a terminal of 20 columns without UTF-8, and as with ``| head -1``."""
+    uncut, cut = tmp_path / "uncut", tmp_path / "a caf\u00e9"
+    flags = ["--epochs", "2", "--batch-size", "256"]
+    ascii_only = {"LC_ALL": "C", "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
+    ascii_only |= {"PYTHONCOERCECLOCALE": "0", "COLUMNS": "20"}
+    with quick_runs(digits):
+        assert run(uncut, *flags) == 0
+        with at_step(6 + 3, press_ctrl_c) as steps:
+            assert run(cut, *flags) == 130
+            assert next(steps) == 6 + 4  # no step followed
+    assert len(read_table(cut / "history.csv")) == 1
+    assert read_and_leave(command_in(capsys.readouterr().err), BARE | ascii_only) == b""
+    assert same(outcome(cut), outcome(uncut))
+    assert len(list(cut.glob("0?_*.png"))) == 5
 
 
 def test_ctrl_c_while_torch_is_imported_leaves_no_traceback(tmp_path):
@@ -266,180 +232,267 @@ def test_ctrl_c_before_the_first_epoch_is_one_line(tmp_path):
 
 def script_of_part2(folder):
     script = [sys.executable, ROOT / "part2_cifar_cnn.py", "--dataset", "digits"]
-    return subprocess.Popen(script, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                            text=True)  # fmt: skip
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(script, cwd=folder, **pipes)
+
+
+@pytest.mark.parametrize("options", [[], ["--seed", "1", "--overwrite"]], ids=["again", "other"])
+def test_ctrl_c_in_the_first_epoch_loses_nothing_of_the_run_before(
+    options, whole, tmp_path, capsys
+):
+    folder = shutil.copytree(whole, tmp_path / "run")
+    capsys.readouterr()
+    stop_after_epoch(0, folder, *options)
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("interrupted") and sys.executable not in line
+    assert contents(folder) == contents(whole)
 
 
 def test_ctrl_c_in_the_last_step_still_leaves_a_whole_run(whole, tmp_path):
     with at_step(3 * STEPS, press_ctrl_c):
         assert run(tmp_path) == 130
     assert len(read_table(tmp_path / "history.csv")) == 3
-    assert run(tmp_path, "--resume") == 0 and same(outcome(tmp_path), whole())
+    assert run(tmp_path, "--resume") == 0 and same(outcome(tmp_path), outcome(whole))
 
 
-def test_second_ctrl_c_ends_the_run_at_once(tmp_path, capsys):
-    with at_step(STEPS + 1, lambda: (press_ctrl_c(), press_ctrl_c())) as calls:
-        assert run(tmp_path) == 130
-        assert next(calls) == STEPS + 2
-    assert "interrupted: go on with: python part2_cifar_cnn.py" in capsys.readouterr().err
+def test_second_ctrl_c_ends_the_run_at_once(tmp_path, capsys, monkeypatch):
+    def judge(training, row):
+        if training.history:  # in the second epoch
+            press_ctrl_c()
+            press_ctrl_c()
+        return real(training, row)
+
+    real = part2.judge
+    monkeypatch.setattr(part2, "judge", judge)
+    assert run(tmp_path) == 130
+    assert command_in(capsys.readouterr().err)[1].endswith("part2_cifar_cnn.py")
     assert len(load_checkpoint(tmp_path / "last.pt")["history"]) == 1
 
 
-def test_resume_after_falling_back_to_the_digits(monkeypatch, whole, tmp_path, capsys):
+def test_run_that_fell_back_to_the_digits_is_continued(monkeypatch, whole, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(part2, "MIRRORS", ())
-    options = "--epochs 3 --batch-size 32 --device cpu --precision float32".split()
     with at_step(2 * STEPS + 1, press_ctrl_c):
-        assert part2.main(options) == 130
+        assert part2.main([*QUICK, "--dataset", "auto"]) == 130
     with at_step(STEPS + 1, pytest.fail):  # one epoch is left
-        assert part2.main([*options, "--resume"]) == 0
-    assert same(outcome(tmp_path / "outputs/part2-digits-changed"), whole())
+        assert part2.main(command_in(capsys.readouterr().err)[2:]) == 0
+    assert same(outcome(tmp_path / "outputs/part2-digits"), outcome(whole))
 
 
-def test_a_changed_run_is_resumed_without_its_options(monkeypatch, tmp_path):
+def test_bare_resume_continues_in_the_default_folder(monkeypatch, tmp_path):
+    flags = ["--dataset", "digits", "--preset", "tuned", "--seed", "4"]
+    more = "--model small --select-on val --tta none"
     monkeypatch.chdir(tmp_path)
     with at_step(STEPS + 1, press_ctrl_c):
-        assert part2.main(QUICK) == 130
+        assert part2.main([*QUICK, *flags, *more.split()]) == 130
     with at_step(2 * STEPS + 1, pytest.fail):  # two epochs are left
-        assert part2.main(["--dataset", "digits", "--resume"]) == 0
-    assert [path.name for path in Path("outputs").iterdir()] == ["part2-digits-changed"]
+        assert part2.main([*flags, "--resume"]) == 0
+    (folder,) = Path("outputs").iterdir()
+    assert folder.name == "part2-tuned-digits-seed4"
+    assert len(read_table(folder / "history.csv")) == 3
 
 
-def test_other_flags_on_resuming_are_named(tmp_path, capsys):
-    stopped_in_epoch_2(tmp_path)
+@pytest.mark.parametrize("missing", ["nothing", "folder", "last.pt"])
+def test_resume_without_a_run_is_refused_and_writes_nothing(missing, whole, tmp_path, capsys):
+    folder = tmp_path / "run"
+    if missing == "folder":
+        folder.mkdir()
+    elif missing == "last.pt":
+        shutil.copytree(whole, folder)
+        (folder / "last.pt").unlink()
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    capsys.readouterr()
+    assert part2.main(["--resume", str(folder)]) == 2
+    assert str(folder) in error_line(capsys)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
+@pytest.mark.parametrize(
+    "given, named",
+    [
+        ("--lr 0.5 --seed 7 --epochs 3 --device auto --dataset auto", ["--lr 0.5", "--seed 7"]),
+        ("--preset tuned", ["--preset tuned"]),
+        ("--precision bfloat16", ["--precision bfloat16"]),
+        ("--epochs 2", ["3 epochs"]),
+    ],
+)
+def test_options_that_disagree_with_the_run_are_named(given, named, whole, tmp_path, capsys):
+    folder = shutil.copytree(whole, tmp_path / "run")
+    capsys.readouterr()
+    assert part2.main(["--resume", str(folder), *given.split()]) == 2
+    line = error_line(capsys)
+    assert all(text in line for text in named)
+    assert not {"--epochs 3", "--device", "--dataset"} & set(re.findall(r"--\S+(?: 3)?", line))
+    assert contents(folder) == contents(whole)
+
+
+def test_resuming_a_finished_run_evaluates_it_again(whole, tmp_path):
+    folder = shutil.copytree(whole, tmp_path / "run")
+    (folder / "metrics.json").unlink()
+    (folder / "test_scores.csv").write_text("old")
+    with at_step(1, pytest.fail):
+        assert run(folder, "--resume", "--device", "auto") == 0
+    assert same(outcome(folder), outcome(whole))
+
+
+LONGER = [("--schedule none --warmup-epochs 1", 2, 3), ("--schedule step", 4, 6)]
+
+
+@pytest.mark.parametrize("flags, few, more", LONGER)
+def test_longer_run_ends_as_if_it_had_been_one(flags, few, more, tmp_path):
+    flags, longer = [*flags.split(), "--batch-size", "100"], ["--epochs", str(more)]
+    short, long = tmp_path / "short", tmp_path / "long"
+    assert run(long, *flags, *longer) == run(short, *flags, "--epochs", str(few)) == 0
+    assert part2.main(["--resume", str(short), *longer]) == 0
+    assert same(outcome(short), outcome(long))
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "step --warmup-epochs 2"])
+def test_run_whose_schedule_knows_its_end_gets_no_longer(schedule, tmp_path, capsys):
+    assert run(tmp_path, "--batch-size", "500", "--schedule", *schedule.split()) == 0
     before = contents(tmp_path)
     capsys.readouterr()
-    assert run(tmp_path, "--resume", "--lr", "0.5", "--seed", "7", "--epochs", "3") == 2
-    line = error_line(capsys)
-    assert "--lr 0.5" in line and "--seed 7" in line and "--epochs" not in line
+    assert part2.main(["--resume", str(tmp_path), "--epochs", "4"]) == 2
+    assert str(tmp_path) in error_line(capsys)
     assert contents(tmp_path) == before
 
 
-def test_resume_without_a_checkpoint_starts_afresh(whole, tmp_path, capsys):
-    assert run(tmp_path, "--resume") == 0
-    assert "last.pt" in capsys.readouterr().out.splitlines()[0]
-    assert same(outcome(tmp_path), whole())
+def test_results_of_fewer_epochs_are_removed(whole, tmp_path):
+    folder = shutil.copytree(whole, tmp_path / "run")
+    for name in ("01_augmented_samples.png", "notes.txt"):
+        (folder / name).write_text("old")
+    with at_step(STEPS, press_ctrl_c):
+        assert part2.main(["--resume", str(folder), "--epochs", "5"]) == 130
+    names = {"best.pt", "last.pt", "config.json", "history.csv", "notes.txt"}
+    assert {path.name for path in folder.iterdir()} == names
+    assert json.loads((folder / "config.json").read_text())["epochs"] == 5
 
 
-@pytest.mark.parametrize("options", [QUICK, []], ids=["same options", "no options"])
-def test_finished_run_is_left_unchanged(options, whole, capsys):
-    folder = whole.folder()
-    before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.iterdir()}
-    assert part2.main([*options, "--resume", "--output-dir", str(folder)]) == 0
-    assert "finished" in capsys.readouterr().out
-    after = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.iterdir()}
-    assert after == before
+# %% A folder that holds another run
 
 
-def test_new_run_that_is_killed_early_is_not_resumed_as_the_old_one(tmp_path, whole):
-    assert run(tmp_path, "--seed", "1") == 0
-    with at_step(2, press_ctrl_c):
-        assert run(tmp_path) == 130
-    run(tmp_path, "--resume")
-    assert same(outcome(tmp_path), whole())
+def test_folder_of_another_run_is_refused_unless_overwritten(whole, tmp_path, capsys):
+    folder, new = shutil.copytree(whole, tmp_path / "run"), tmp_path / "new"
+    capsys.readouterr()
+    assert run(folder, "--seed", "7", "--lr", "0.002") == 2
+    line = error_line(capsys)
+    assert "--seed 42" in line and "--lr 0.001" in line and "--overwrite" in line
+    assert contents(folder) == contents(whole)
+    assert run(folder, "--seed", "7", "--lr", "0.002", "--overwrite") == 0
+    assert run(new, "--seed", "7", "--lr", "0.002") == 0
+    assert same(outcome(folder), outcome(new))
 
 
-# ------------------------------------------------------------- killed, disk full
+def test_run_is_repeated_in_its_folder_also_in_another_precision(whole, tmp_path):
+    folder = shutil.copytree(whole, tmp_path / "run")
+    assert run(folder, "--precision", "bfloat16") == 0
+    for name in ("config.json", "metrics.json"):
+        assert json.loads((folder / name).read_text())["precision"] == "bfloat16"
+    assert run(folder) == 0 and same(outcome(folder), outcome(whole))
+
+
+@pytest.mark.parametrize("text", ["", "[1, 2]", "{}", '{"epochs": "three"}'])
+def test_folder_with_a_damaged_config_is_refused_unless_overwritten(text, whole, tmp_path, capsys):
+    (tmp_path / "config.json").write_text(text)
+    before = contents(tmp_path)
+    assert run(tmp_path) == 2
+    assert str(tmp_path) in error_line(capsys) and contents(tmp_path) == before
+    assert run(tmp_path, "--overwrite") == 0 and same(outcome(tmp_path), outcome(whole))
+
+
+SIZES = [("--schedule step", 400_000), ("--schedule cosine", 2_000_000)]
+
+
+@pytest.mark.parametrize("flags, size", SIZES, ids=["in best.pt", "in last.pt"])
+def test_run_that_fails_in_its_first_save_is_not_mixed_with_the_one_before(
+    flags, size, tmp_path, capsys
+):
+    old = ["--batch-size", "100", *flags.split()]
+    new = [*old, "--epochs", "4", "--overwrite"]
+    folder, expected = tmp_path / "run", tmp_path / "expected"
+    assert run(folder, *old) == run(expected, *new) == 0
+    capsys.readouterr()
+    with largest_file(size):
+        assert run(folder, *new) == 2
+    assert str(folder) in error_line(capsys)
+    if part2.main(["--resume", str(folder)]) == 0:
+        assert same(outcome(folder), outcome(expected))
+    assert run(folder, *new) == 0 and same(outcome(folder), outcome(expected))
+
+
+# %% Killed, disk full, not enough memory
 
 KILLER = """
-import io, os, pathlib, random, signal, sys, time
-import sklearn.datasets, sklearn.metrics, sklearn.model_selection
+import io, itertools, os, signal, sys
+from pathlib import Path
+import matplotlib.pyplot, sklearn.metrics, torch  # once, instead of in each child
 import part2_cifar_cnn as part2, utils
-from test_part2 import first
-import torch
+from helpers import first, quick_runs, run
+
 torch.set_num_threads(1)  # a pool of threads would not survive the fork
 
-class SlowFile(io.FileIO):
+class DeadlyFile(io.FileIO):
     def write(self, data):
-        half = len(data) // 2
-        written = super().write(data[:half])
-        time.sleep(0.02)
-        return written + super().write(data[half:])
+        super().write(data[: len(data) // 2])
+        os.kill(os.getpid(), signal.SIGKILL)
 
-def start(folder):
+def ends(folder, kill_at):
     child = os.fork()
     if child == 0:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        os._exit(part2.main([*sys.argv[2:], "--resume", "--output-dir", str(folder)]))
-    return child
+        files = itertools.count(1)
+        utils.open = lambda path, mode: (
+            DeadlyFile(path, "w") if mode == "wb" and next(files) == kill_at else open(path, mode)
+        )
+        resume = ["--resume"] * (folder / "last.pt").exists()
+        os._exit(run(folder, "--select-on", "last", "--epochs", "2", *resume))
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
-def finish(child):
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-
+top, *moments = sys.argv[1:]
 digits = first(part2.load_digits(), 200)
-part2.load_digits, part2.plot_all = (lambda: digits), (lambda *a, **k: {})
-utils.open = lambda path, mode: SlowFile(path, "w") if mode == "wb" else open(path, mode)
-rng, top, kills, during_save, runs = random.Random(0), pathlib.Path(sys.argv[1]), 0, 0, 0
-began = time.monotonic()
-finish(start(top / "whole"))
-duration = time.monotonic() - began
-while kills < 20:
-    runs += 1
-    folder = top / f"run{runs}"
-    while kills < 20:
-        child = start(folder)
-        deadline = time.monotonic() + rng.uniform(0, 0.8 * duration)
-        in_save = kills % 4 == 3  # in any case wait for a save
-        while time.monotonic() < deadline or in_save and not list(folder.glob(".*.part")):
-            time.sleep(0.001)
-            if os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT):
-                break
-        os.kill(child, signal.SIGKILL)
-        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        if code == 0:
-            break
-        assert code == -signal.SIGKILL, code
-        kills += 1
-        during_save += bool(list(folder.glob(".*.part")))
-        for path in folder.glob("*.pt"):
+with quick_runs(digits):
+    assert ends(Path(top, "whole"), None) == 0
+    for moment in moments:
+        assert ends(Path(top, "cut"), int(moment)) == -signal.SIGKILL, moment
+        for path in Path(top, "cut").glob("*.pt"):
             utils.load_checkpoint(path)
-    finish(start(folder))
-print(runs, during_save)
+    assert ends(Path(top, "cut"), None) == 0
 """
+# An epoch writes config.json, history.csv, best.pt, last.pt; the evaluation two files more.
+MOMENTS = [
+    3,  # best.pt of epoch 1: there is no run yet
+    4,  # last.pt of epoch 1
+    6,  # history.csv of epoch 2, which is the first to be resumed
+    3,  # best.pt of epoch 2
+    4,  # last.pt of epoch 2
+    6,  # metrics.json
+]
 
 
-def script_environment(**variables):
+def test_run_killed_in_its_saves_ends_as_if_never_killed(tmp_path):
+    killer = [sys.executable, "-c", KILLER, str(tmp_path), *map(str, MOMENTS)]
     paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    return os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"} | variables
-
-
-def test_run_killed_at_20_random_moments_ends_as_if_never_killed(tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-c", KILLER, str(tmp_path), *QUICK], env=script_environment(),
-        capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
+    environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    how = {"capture_output": True, "text": True, "timeout": 300, "check": False}
+    done = subprocess.run(killer, env=environment, **how)
     assert done.returncode == 0, done.stderr
-    runs, during_save = map(int, done.stdout.split())
-    assert during_save >= 4
-    expected = outcome(tmp_path / "whole")
-    assert all(same(outcome(tmp_path / f"run{i + 1}"), expected) for i in range(runs))
+    assert same(outcome(tmp_path / "cut"), outcome(tmp_path / "whole"))
 
 
-@pytest.mark.parametrize("size", [1000, 400_000, 2_000_000])
+@pytest.mark.parametrize("size", [100, 400_000, 2_000_000])
 def test_disk_full_while_resuming_leaves_what_was_there(size, whole, tmp_path, capsys):
-    stopped_in_epoch_2(tmp_path)
+    stop_after_epoch(1, tmp_path)
     before = contents(tmp_path)
     capsys.readouterr()
     with largest_file(size):
         assert run(tmp_path, "--resume") == 2
     line = error_line(capsys)
-    assert "cannot write" in line and str(tmp_path) in line and "space" in line
+    assert str(tmp_path) in line and "space" in line
     after = contents(tmp_path)
     assert after.keys() == before.keys() and after["last.pt"] == before["last.pt"]
     assert after["best.pt"] == before["best.pt"] or size > 1_200_000
-    assert after["history.csv"].startswith(before["history.csv"])
-    assert json.loads(after["config.json"]) == json.loads(before["config.json"])
     load_checkpoint(tmp_path / "best.pt")
-    assert run(tmp_path, "--resume") == 0 and same(outcome(tmp_path), whole())
-
-
-def test_disk_full_in_a_new_run_leaves_the_old_one_as_it_was(tmp_path, capsys):
-    assert run(tmp_path, "--epochs", "1") == 0
-    before = contents(tmp_path)
-    with largest_file(400_000):
-        assert run(tmp_path, "--epochs", "1", "--seed", "1") == 2
-    assert "cannot write" in error_line(capsys)
-    assert contents(tmp_path) == before
+    assert run(tmp_path, "--resume") == 0 and same(outcome(tmp_path), outcome(whole))
 
 
 @pytest.mark.parametrize("name", ["file.bin", "values.json", "table.csv"])
@@ -452,7 +505,7 @@ def test_files_are_replaced_as_a_whole_or_not_at_all(name, tmp_path):
     }[name]
     write(10)
     before = contents(tmp_path)
-    with largest_file(5000), pytest.raises(UserError, match="cannot write"):
+    with largest_file(5000), pytest.raises(UserError, match=name):
         write(20_000)
     assert contents(tmp_path) == before
     write(20_000)
@@ -473,51 +526,48 @@ def test_paths_that_the_system_refuses_to_look_at_are_reported(name, tmp_path, c
     closed.mkdir()
     with modes_bind(closed):
         closed.chmod(0)
-        for resume in ([], ["--resume"]):
-            assert run(tmp_path / name, *resume) == 2
-            assert "choose another --output-dir" in error_line(capsys)
-        assert cifar_run(tmp_path / name, tmp_path / "out") == 2
-    assert "CIFAR-10 cannot be had" in error_line(capsys)
+        assert run(tmp_path / name) == 2
+        assert "--output-dir" in error_line(capsys)
+        assert run(tmp_path / name, "--resume") == 2
+        assert str(tmp_path / name) in error_line(capsys)
+        assert run_tiny(tmp_path / name, tmp_path / "out") == 2
+        assert str(tmp_path / name) in error_line(capsys)
 
 
 def test_too_little_memory_is_reported_and_other_errors_are_not_hidden(capsys):
     assert utils.command(lambda argv: torch.empty(2**60, dtype=torch.uint8))() == 2
-    assert "not enough memory" in error_line(capsys)
+    assert "memory" in error_line(capsys)
     with pytest.raises(RuntimeError, match="must match"):
         utils.command(lambda argv: torch.ones(2) + torch.ones(3))()
 
 
-# -------------------------------------------------------------- loss not finite
+# %% Loss that is not finite
 
 
 def test_loss_that_is_not_finite_stops_and_keeps_the_last_good_epoch(whole, tmp_path, capsys):
     with nan_at_step(STEPS + 3):
         assert run(tmp_path) == 1
     line = error_line(capsys)
-    assert "epoch 2" in line and "step 3" in line and "learning rate 0.001" in line
-    assert "checkpoints of the epochs before are kept" in line
+    assert "epoch 2" in line and "--lr" in line
     assert len(load_checkpoint(tmp_path / "last.pt")["history"]) == 1
     assert len(read_table(tmp_path / "history.csv")) == 1
-    assert run(tmp_path, "--resume") == 0 and same(outcome(tmp_path), whole())
+    assert run(tmp_path, "--resume") == 0 and same(outcome(tmp_path), outcome(whole))
 
 
-def test_learning_rate_named_is_that_of_the_step(tmp_path, capsys):
-    with nan_at_step(5):  # the rate is halved after this step
-        assert run(tmp_path, "--epochs", "6", "--batch-size", "500") == 1
+def test_learning_rate_named_is_that_of_the_epoch(tmp_path, capsys):
+    with nan_at_step(2):  # the last step, after which the rate is 0
+        assert run(tmp_path, "--epochs", "2", "--batch-size", "500", "--schedule", "linear") == 1
     line = error_line(capsys)
-    assert "epoch 5" in line and "step 1" in line and re.search(r"rate 0\.001\b", line)
+    assert "epoch 2" in line and "0.0005" in line
 
 
-@pytest.mark.parametrize("batch_size", ["32", "500"])
-@pytest.mark.parametrize("lr", ["1e8", "1e30"])
-def test_weights_that_explode_are_not_saved_as_good(lr, batch_size, tmp_path, capsys):
-    status = run(tmp_path, "--lr", lr, "--batch-size", batch_size, "--epochs", "2")
+@pytest.mark.parametrize("flags", ["--lr 1e8", "--lr 1e30", "--lr 1e30 --batch-size 500"])
+def test_weights_that_explode_are_not_saved_as_good(flags, tmp_path, capsys):
+    status = run(tmp_path, "--epochs", "2", *flags.split())
     captured = capsys.readouterr()
     assert status in (0, 1) and "Traceback" not in captured.err
     assert not re.search(r"\b(nan|inf)\b", captured.out)
-    if status == 1:
-        assert "learning rate" in captured.err and "epoch" in captured.err
-        assert ("are kept" in captured.err) == ("at epoch 1," not in captured.err)
+    assert ("--lr" in captured.err) == (status == 1)
     if (tmp_path / "last.pt").exists():
         last = load_checkpoint(tmp_path / "last.pt")
         losses = [row[f"{part}_loss"] for row in last["history"] for part in ("train", "eval")]
@@ -525,346 +575,53 @@ def test_weights_that_explode_are_not_saved_as_good(lr, batch_size, tmp_path, ca
         assert all(value.isfinite().all() for value in last["model"].values())
 
 
-# ----------------------------------------------------------------- checkpoints
+# %% Data folders and servers
 
 
-class Hostile:
-    """What runs a command when it is unpickled."""
-
-    def __init__(self, marker):
-        self.marker = marker
-
-    def __reduce__(self):
-        return os.system, (f"touch {shlex.quote(str(self.marker))}",)
-
-
-def plain_pickle(path, good, marker):
-    path.write_bytes(pickle.dumps(good | {"model": Hostile(marker)}))
-
-
-def in_torch_zip(path, good, marker):
-    torch.save(good | {"model": Hostile(marker)}, path)
-
-
-def in_old_torch_file(path, good, marker):
-    torch.save(good | {"mean": Hostile(marker)}, path, _use_new_zipfile_serialization=False)
-
-
-@pytest.mark.parametrize("hide", [plain_pickle, in_torch_zip, in_old_torch_file])
-@pytest.mark.parametrize("name", ["last.pt", "best.pt"])
-def test_hostile_checkpoint_is_refused_and_not_run(name, hide, tmp_path, capsys):
-    folder, marker = tmp_path / "run", tmp_path / "marker"
-    stopped_in_epoch_2(folder)
-    hide(folder / name, torch.load(folder / name), marker)
-    capsys.readouterr()
-    with pytest.MonkeyPatch.context() as patch:
-        if name == "best.pt":  # it must not be mended by a better epoch
-            patch.setattr(part2, "accuracy", lambda *a: 0.0)
-        status = run(folder, "--resume")
-    assert not marker.exists()
-    if name == "last.pt" or status:
-        assert status == 2 and name in error_line(capsys)
-    torch.load(folder / name, weights_only=False) if hide is in_torch_zip and status else None
-    assert marker.exists() == (hide is in_torch_zip and status == 2)  # the trap works
-
-
-def truncated(data):
-    return data[: len(data) // 2]
-
-
-def empty(data):
-    return b""
-
-
-def flipped(data):
-    return data[:50_000] + bytes([data[50_000] ^ 4]) + data[50_001:]
-
-
-def foreign(data):
-    return b"epoch,lr\n1,0.1\n"
-
-
-def edited(change):
-    """Damage that a whole, well-formed checkpoint can have."""
-
-    def edit(data):
-        checkpoint, file = torch.load(io.BytesIO(data)), io.BytesIO()
-        change(checkpoint)
-        torch.save(checkpoint, file)
-        return file.getvalue()
-
-    return edit
-
-
-def config(**values):
-    return edited(lambda c: c["config"].update(values))
-
-
-def other_shapes(checkpoint):
-    model = checkpoint["model"]
-    model |= {key: value[..., :1] for key, value in model.items() if value.dim() > 1}
-
-
-def other_optimizer(checkpoint):
-    state = checkpoint["optimizer"]["state"]
-    state[0]["exp_avg"] = torch.zeros(3, 3)
-
-
-DAMAGE = {
-    "truncated": truncated, "empty": empty, "one bit flipped": flipped, "foreign": foreign,
-    "another architecture": edited(other_shapes),
-    "another model's name": config(model="unheard of"),
-    "no such device": config(device="abacus"),
-    "epochs as text": config(epochs="three"),
-    "no batch": config(batch_size=0),
-    "seed below zero": config(seed=-1),
-    "dropout of two": config(dropout=2.0),
-    "select on what": config(select_on="what"),
-    "data set unknown": config(dataset="unheard of"),
-    "config is a list": edited(lambda c: c.update(config=[1])),
-    "other classes": edited(lambda c: c.update(classes=["cat", "dog"])),
-    "classes are a number": edited(lambda c: c.update(classes=3)),
-    "no classes": edited(lambda c: c.pop("classes")),
-    "a setting is missing": edited(lambda c: c["config"].pop("crop_fill")),
-    "no optimiser": edited(lambda c: c.pop("optimizer")),
-    "optimiser of another network": edited(other_optimizer),
-    "history is text": edited(lambda c: c.update(history="long")),
-    "history of numbers": edited(lambda c: c.update(history=[1, 2])),
-    "another format": edited(lambda c: c.update(format="cifar-cnn-checkpoint-99")),
-    "a bare state dict": edited(lambda c: [c.pop(k) for k in list(c) if k != "model"]),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("damage", DAMAGE)
-def test_damaged_checkpoint_is_refused_in_one_line(damage, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(part2, "MIRRORS", ())
-    stopped_in_epoch_2(tmp_path)
-    path = tmp_path / "last.pt"
-    path.write_bytes(DAMAGE[damage](path.read_bytes()))
-    before = contents(tmp_path)
-    capsys.readouterr()
-    # Not one step may be made with it: a foreign optimiser state can crash Python itself.
-    monkeypatch.setattr(part2.Training, "train", lambda *a: pytest.fail("it was trained with"))
-    assert part2.main(["--resume", "--output-dir", str(tmp_path)]) == 2
-    assert "last.pt" in error_line(capsys)
-    assert contents(tmp_path) == before
-
-
-@pytest.mark.parametrize("damage", ["another architecture", "another model's name",
-                                    "other classes", "optimiser of another network",
-                                    "a setting is missing", "no optimiser"])  # fmt: skip
-def test_whole_checkpoint_of_another_network_is_refused(damage, tmp_path, capsys, monkeypatch):
-    """As of another version of the script: nothing was altered after it was written."""
-    stopped_in_epoch_2(tmp_path)
-    path = tmp_path / "last.pt"
-    utils.save_checkpoint(path, **torch.load(io.BytesIO(DAMAGE[damage](path.read_bytes()))))
-    before = contents(tmp_path)
-    capsys.readouterr()
-    monkeypatch.setattr(part2.Training, "train", lambda *a: pytest.fail("it was trained with"))
-    assert part2.main(["--resume", "--output-dir", str(tmp_path)]) == 2
-    assert "last.pt" in error_line(capsys) and contents(tmp_path) == before
-
-
-def test_best_checkpoint_in_the_place_of_the_last_is_refused(whole, tmp_path, capsys):
-    (tmp_path / "last.pt").write_bytes((whole.folder() / "best.pt").read_bytes())
-    assert part2.main(["--resume", "--output-dir", str(tmp_path)]) == 2
-    assert "last.pt" in error_line(capsys)
-
-
-@pytest.mark.parametrize("damage", ["truncated", "one bit flipped", "another architecture",
-                                    "another model's name", "missing"])  # fmt: skip
-def test_damaged_best_checkpoint_is_never_reported_from(damage, whole, tmp_path, capsys):
-    with at_step(3 * STEPS, press_ctrl_c):  # only the evaluation is left
-        assert run(tmp_path) == 130
-    path = tmp_path / "best.pt"
-    data = path.read_bytes()
-    path.unlink()
-    if damage != "missing":
-        path.write_bytes(DAMAGE[damage](data))
-    capsys.readouterr()
-    status = run(tmp_path, "--resume")
-    if status == 0:  # it was made again from what last.pt holds
-        assert same(outcome(tmp_path), whole())
-    else:
-        assert status == 2 and "best.pt" in error_line(capsys)
-
-
-def test_a_run_may_go_on_in_another_precision(tmp_path):
-    with at_step(STEPS + 1, press_ctrl_c):
-        assert run(tmp_path) == 130
-    assert run(tmp_path, "--resume", "--precision", "bfloat16") == 0
-    for name in ("config.json", "metrics.json"):
-        assert json.loads((tmp_path / name).read_text())["precision"] == "bfloat16"
-
-
-def test_accuracy_read_back_is_that_reported():
-    history = [{"eval_accuracy": 0.5}, {"eval_accuracy": 0.9}]
-    part2.check_reported({"val": 0.9}, history, "val", slack=0)
-    part2.check_reported({"val": 0.899}, history, "val", slack=0.02)
-    for found, slack in ((0.899, 0), (0.87, 0.02)):
-        with pytest.raises(RunFailed, match="cannot be trusted"):
-            part2.check_reported({"val": found}, history, "val", slack)
-
-
-@pytest.mark.parametrize("resumed", [False, True])
-def test_another_network_in_best_is_not_reported_from(resumed, tmp_path, capsys):
-    def replaced(save, path, **content):
-        if path.name == "best.pt":
-            content["model"]["12.bias"][:] = torch.arange(10.0)  # takes all for nines
-        save(path, **content)
-
-    if resumed:
-        with at_step(STEPS + 1, press_ctrl_c):
-            assert run(tmp_path) == 130
-        capsys.readouterr()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(part2, "save_checkpoint", partial(replaced, utils.save_checkpoint))
-        assert run(tmp_path, *["--resume"] * resumed) == 1
-    assert "cannot be trusted" in error_line(capsys)
-
-
-def test_checkpoint_of_a_gpu_loads_on_the_cpu(tmp_path):
-    path, changed = tmp_path / "cpu.pt", tmp_path / "cuda.pt"
-    model = {"weight": torch.arange(6.0).view(2, 3), "count": torch.tensor(7)}
-    utils.save_checkpoint(path, model=model, config={}, classes=[], mean=[], std=[])
-    with zipfile.ZipFile(path) as old, zipfile.ZipFile(changed, "w") as new:
-        for name in old.namelist():
-            data = old.read(name)
-            if name.endswith("data.pkl"):  # where each tensor was: "cpu", 3 letters
-                assert b"X\x03\0\0\0cpu" in data
-                data = data.replace(b"X\x03\0\0\0cpu", b"X\x06\0\0\0cuda:0")
-            new.writestr(name, data)
-    if not torch.cuda.is_available():
-        with pytest.raises(RuntimeError, match="CUDA"):
-            torch.load(changed)
-    found = load_checkpoint(changed)["model"]
-    assert all(torch.equal(found[key], model[key]) for key in model)
-    assert {value.device.type for value in found.values()} == {"cpu"}
-
-
-# ------------------------------------------------------------------------ data
-
-
-@pytest.fixture
-def tiny(tmp_path, monkeypatch):
-    """CIFAR-10's files in small, whose MD5 sums take the place of the real ones."""
-    rng, folder = np.random.default_rng(0), tmp_path / "data"
-    source, files = datasets.CIFAR10, {}
-    for name in [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]:
-        pixels = rng.integers(0, 256, (20, 3072), dtype=np.uint8)
-        files[name] = {"data": pixels, "labels": [i % 10 for i in range(20)]}
-    files["batches.meta"] = {"label_names": [f"class {i}" for i in range(10)]}
-    (folder / BATCHES).mkdir(parents=True)
-    for name, content in files.items():
-        (folder / BATCHES / name).write_bytes(pickle.dumps(content))
-    md5 = {name: utils.md5_of(folder / BATCHES / name) for name in files}
-    with tarfile.open(tmp_path / ARCHIVE, "w:gz") as tar:
-        tar.add(folder / BATCHES, BATCHES)
-    archive = tmp_path / ARCHIVE
-    monkeypatch.setattr(source, "train_list", [[k, v] for k, v in md5.items() if "data_" in k])
-    monkeypatch.setattr(source, "test_list", [["test_batch", md5["test_batch"]]])
-    monkeypatch.setattr(source, "meta", source.meta | {"md5": md5["batches.meta"]})
-    monkeypatch.setattr(source, "tgz_md5", utils.md5_of(archive))
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-    monkeypatch.setattr(part2, "MIRRORS", ())
-    empty = tmp_path / "empty"
-    empty.mkdir()
-    return SimpleNamespace(folder=folder, files=files, md5=md5, archive=archive, empty=empty)
-
-
-def check_tiny(tiny, data):
-    expected = np.concatenate([tiny.files[f"data_batch_{i}"]["data"] for i in range(1, 6)])
-    pixels = expected.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
-    assert np.array_equal(data.images, pixels) and data.classes[3] == "class 3"
-
-
-def cifar_run(folder, output, dataset="cifar10"):
-    options = f"--dataset {dataset} --epochs 1 --batch-size 50 --device cpu --data-dir".split()
-    return part2.main([*options, str(folder), "--output-dir", str(output)])
-
-
-@pytest.mark.parametrize("dataset", ["cifar10", "auto"])
-@pytest.mark.parametrize("damage", [truncated, empty, flipped, foreign, "hostile"])
-@pytest.mark.parametrize("name", ["data_batch_3", "test_batch", "batches.meta"])
-def test_damaged_batch_file_is_named_with_both_md5_sums(
-    name, damage, dataset, tiny, tmp_path, capsys, monkeypatch
-):
-    monkeypatch.setattr(part2, "fetch_archive", lambda *a: pytest.fail("a second download"))
-    path, marker = tiny.folder / BATCHES / name, tmp_path / "marker"
-    data = path.read_bytes()
-    if damage == "hostile":
-        damaged = pickle.dumps(Hostile(marker))
-    elif damage is flipped:
-        damaged = data[:-30] + bytes([data[-30] ^ 1]) + data[-29:]
-    else:
-        damaged = damage(data)
-    path.write_bytes(damaged)
-    assert cifar_run(tiny.folder, tmp_path / "out", dataset) == 2
-    line = error_line(capsys)
-    assert str(path) in line and tiny.md5[name] in line
-    assert hashlib.md5(damaged).hexdigest() in line and "delete" in line
-    assert not (tmp_path / "out").exists() and not marker.exists()
-
-
-@pytest.mark.parametrize("dataset", ["cifar10", "auto"])
-def test_missing_batch_file_is_named(dataset, tiny, tmp_path, capsys):
+def test_missing_batch_file_is_named(tiny, tmp_path, capsys):
     path = tiny.folder / BATCHES / "data_batch_5"
     path.unlink()
-    assert cifar_run(tiny.folder, tmp_path / "out", dataset) == 2
+    assert run_tiny(tiny.folder, tmp_path / "out") == 2
     assert str(path) in error_line(capsys)
 
 
-@pytest.mark.parametrize("damage", [truncated, empty, foreign])
-@pytest.mark.parametrize("dataset", ["cifar10", "auto"])
-def test_damaged_archive_is_named_with_both_md5_sums(damage, dataset, tiny, tmp_path, capsys):
-    damaged = damage(tiny.archive.read_bytes())
-    (tiny.empty / ARCHIVE).write_bytes(damaged)
-    assert cifar_run(tiny.empty, tmp_path / "out", dataset) == 2
-    line = error_line(capsys)
-    assert str(tiny.empty / ARCHIVE) in line and datasets.CIFAR10.tgz_md5 in line
-    assert hashlib.md5(damaged).hexdigest() in line
-    assert [path.name for path in tiny.empty.iterdir()] == [ARCHIVE]
-
-
 def test_archive_in_the_data_folder_is_unpacked(tiny):
-    (tiny.empty / ARCHIVE).write_bytes(tiny.archive.read_bytes())
+    shutil.copy(tiny.archive, tiny.empty)
     check_tiny(tiny, part2.load_cifar10(tiny.empty))
     assert sorted(path.name for path in tiny.empty.iterdir()) == [BATCHES, ARCHIVE]
 
 
 @pytest.mark.parametrize("kind", ["batches", "archive"])
 def test_read_only_data_folder_works(kind, tiny):
-    folder = tiny.folder
+    folder = tiny.folder if kind == "batches" else tiny.empty
     if kind == "archive":
-        folder = tiny.empty
-        (folder / ARCHIVE).write_bytes(tiny.archive.read_bytes())
+        shutil.copy(tiny.archive, folder)
+    before = list(folder.iterdir())
     with modes_bind(folder):
         check_tiny(tiny, part2.load_cifar10(folder))
+    assert list(folder.iterdir()) == before
 
 
 @pytest.mark.parametrize("read_only", [False, True])
-def test_an_archive_for_which_there_is_there_is_no_room_is_named(read_only, tiny):
+def test_archive_for_which_there_is_no_room_is_named(read_only, tiny):
     folder = tiny.empty
-    (folder / ARCHIVE).write_bytes(tiny.archive.read_bytes())
-    with largest_file(10_000), modes_bind(folder) if read_only else nullcontext():
-        with pytest.raises(UserError, match=f"cannot unpack {folder / ARCHIVE}"):
-            part2.load_cifar10(folder)
+    shutil.copy(tiny.archive, folder)
+    rights = modes_bind(folder) if read_only else nullcontext()
+    with largest_file(10_000), rights, pytest.raises(UserError, match=str(folder / ARCHIVE)):
+        part2.load_cifar10(folder)
     assert [path.name for path in folder.iterdir()] == [ARCHIVE]
 
 
 def test_data_folder_that_is_a_file_is_reported(tiny, tmp_path, capsys):
-    assert cifar_run(tiny.archive, tmp_path / "out") == 2
+    assert run_tiny(tiny.archive, tmp_path / "out") == 2
     assert str(tiny.archive) in error_line(capsys)
-
-
-# --------------------------------------------------------------------- servers
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
     """Serves ``content`` rightly at /good, and in as many wrong ways as there are paths."""
 
     protocol_version = "HTTP/1.1"
-    content, together = b"", None
+    content = b""
 
     def log_message(self, *args):
         pass
@@ -918,8 +675,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.close_connection = True
 
 
-WAYS = ("stall silent cut cut-chunk cut-unsized page missing broken loop no-number flipped "
-        "not-http hang-up").split()  # fmt: skip
+WAYS = shlex.split(
+    "stall silent cut cut-chunk cut-unsized page missing broken loop no-number flipped "
+    "not-http hang-up"
+)
 
 
 @pytest.fixture
@@ -928,7 +687,7 @@ def server(tiny):
     handler = type("Here", (Handler,), {"content": tiny.archive.read_bytes()})
     httpd = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     httpd.seen, httpd.released, httpd.together = [], threading.Event(), None
-    threading.Thread(target=httpd.serve_forever, daemon=True).start()
+    threading.Thread(target=httpd.serve_forever, args=(0.02,), daemon=True).start()
     address = f"http://127.0.0.1:{httpd.server_port}"
     yield SimpleNamespace(
         httpd=httpd, seen=httpd.seen, at=lambda *names: [f"{address}/{name}" for name in names]
@@ -942,7 +701,7 @@ def server(tiny):
 def test_bad_server_is_survived_by_the_next_mirror(way, tiny, server):
     path = tiny.empty / ARCHIVE
     began = time.monotonic()
-    download(server.at(way, "good"), path, utils.md5_of(tiny.archive), stall_seconds=0.5)
+    download(server.at(way, "good"), path, utils.md5_of(tiny.archive), stall_seconds=0.3)
     assert path.read_bytes() == tiny.archive.read_bytes() and time.monotonic() - began < 5
     assert list(tiny.empty.iterdir()) == [path] and server.seen[-1] == "/good"
 
@@ -957,7 +716,7 @@ def test_bad_servers_only_leave_nothing_and_are_all_named(tiny, server):
 
 def test_first_good_mirror_is_enough(tiny, server, tmp_path, monkeypatch):
     monkeypatch.setattr(part2, "MIRRORS", server.at("cut", "page", "good", "missing"))
-    assert cifar_run(tiny.empty / "new", tmp_path / "out") == 0
+    assert run_tiny(tiny.empty / "new", tmp_path / "out", "auto") == 0
     assert server.seen == ["/cut", "/page", "/good"]
     assert sorted(path.name for path in (tiny.empty / "new").iterdir()) == [BATCHES, ARCHIVE]
     metrics = json.loads((tmp_path / "out/metrics.json").read_text())
@@ -970,7 +729,7 @@ def test_first_good_mirror_is_enough(tiny, server, tmp_path, monkeypatch):
 def test_disk_full_during_the_download_leaves_nothing(tiny, server, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(part2, "MIRRORS", server.at("good"))
     with largest_file(100_000):
-        assert cifar_run(tiny.empty, tmp_path / "out") == 2
+        assert run_tiny(tiny.empty, tmp_path / "out") == 2
     error_line(capsys)
     assert not list(tiny.empty.iterdir())
 
@@ -995,25 +754,18 @@ def test_two_processes_fetch_into_one_empty_folder(tiny, server, monkeypatch):
     check_tiny(tiny, part2.load_cifar10(tiny.empty))
 
 
-# --------------------------------------------------------------------- options
+# %% Options
 
-WRONG = (
-    "--epochs 0|--epochs -1|--epochs 1.5|--epochs many|--batch-size 0|--batch-size -8|--lr 0|"
-    "--lr -1|--lr nan|--lr inf|--lr fast|--dropout 1|--dropout -0.1|--dropout nan|--seed -1|"
-    "--device nonsense|--device meta|--device hpu|--device cuda:99|--precision float16|"
-    "--select-on train|--dataset mnist|--unheard-of|--see 1|stray|--cutout 32|--mixup 0.0001|"
-    "--momentum 0.5|--crop-fill reflect --crop-padding 0"
-).split("|") + [
-    f"--seed 1{'0' * 400}", f"--epochs {'9' * 5000}", "--output-dir a-file",
+WRONG = [
+    "--epochs 0", "--epochs -1", "--epochs 1.5", "--epochs many", f"--epochs {'9' * 5000}",
+    "--batch-size 0", "--batch-size -8", "--lr 0", "--lr -1", "--lr nan", "--lr inf", "--lr fast",
+    "--dropout 1", "--dropout -0.1", "--dropout nan", "--seed -1", f"--seed 1{'0' * 400}",
+    "--device nonsense", "--device meta", "--device hpu", "--device cuda:99",
+    "--precision float16", "--select-on train", "--dataset mnist", "--cutout 32",
+    "--mixup 0.0001", "--momentum 0.5", "--crop-fill reflect --crop-padding 0",
+    "--output-dir a-file", "--resume --overwrite", "--resume nowhere",
+    "--unheard-of", "--see 1", "stray",
 ]  # fmt: skip
-
-
-def test_an_option_beside_a_preset_wins(tmp_path):
-    options = "--preset tuned --epochs 1 --warmup-epochs 0.5 --tta none"
-    assert run(tmp_path, *options.split()) == 0
-    config = json.loads((tmp_path / "config.json").read_text())
-    assert (config["tta"], config["batch_size"]) == ("none", 32)
-    assert (config["model"], config["optimizer"]) == ("tuned", "muon")
 
 
 @pytest.mark.parametrize("options", WRONG, ids=lambda text: text[:30])
@@ -1026,6 +778,14 @@ def test_wrong_option_is_one_line_and_nothing_is_written(options, tmp_path, monk
     assert contents(tmp_path) == {"a-file": b"mine"}
 
 
+def test_an_option_beside_a_preset_wins(tmp_path):
+    options = "--preset tuned --model small --epochs 1 --warmup-epochs 0.5 --tta none"
+    assert run(tmp_path, *options.split()) == 0
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert (config["tta"], config["batch_size"], config["model"]) == ("none", 32, "small")
+    assert (config["optimizer"], config["crop_fill"]) == ("muon", "reflect")
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
 def test_cuda_without_cuda_says_what_to_use_instead(tmp_path, capsys):
     assert run(tmp_path / "out", "--device", "cuda") == 2
@@ -1033,14 +793,14 @@ def test_cuda_without_cuda_says_what_to_use_instead(tmp_path, capsys):
     assert "--device cpu" in line and "cuda" in line and not (tmp_path / "out").exists()
 
 
-def test_output_path_is_checked_before_the_data_is_fetched(tiny, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(part2, "fetch_archive", lambda *a: pytest.fail("fetched before"))
-    assert cifar_run(tiny.empty, tiny.archive) == 2
-    assert "--output-dir" in error_line(capsys)
+def test_output_path_is_checked_before_the_data_is_fetched(tiny, server, monkeypatch, capsys):
+    monkeypatch.setattr(part2, "MIRRORS", server.at("good"))
+    assert run_tiny(tiny.empty, tiny.archive) == 2
+    assert "--output-dir" in error_line(capsys) and not server.seen
 
 
-@pytest.mark.parametrize("size", ["178", "179", "180", "1000000", str(10**30)])
-def test_large_batches_and_a_last_batch_of_one_image_work(size, tmp_path, capsys):
+@pytest.mark.parametrize("size", ["179", str(10**30)])
+def test_large_batches_and_a_last_batch_of_one_image_work(size, tmp_path):
     assert run(tmp_path, "--batch-size", size, "--epochs", "1") == 0
     assert json.loads((tmp_path / "metrics.json").read_text())["test_accuracy"] >= 0
 
@@ -1050,59 +810,45 @@ def test_large_seed_works(tmp_path):
     assert derive_seed(10**30) != derive_seed(10**30 + 1)
 
 
-# ----------------------------------------------------- where the output goes to
+# %% Where the output goes to
 
-PART1 = [sys.executable, "part1_threshold.py", "--n-samples", "500", "--output-dir"]
-PART2 = [sys.executable, "part2_cifar_cnn.py", *QUICK, "--epochs", "1", "--output-dir"]
-BARE = {key: value for key, value in os.environ.items()
-        if key not in ("DISPLAY", "WAYLAND_DISPLAY", "LANG", "LC_ALL", "MPLBACKEND")}  # fmt: skip
+PART1 = [sys.executable, str(ROOT / "part1_threshold.py"), "--n-samples", "500", "--output-dir"]
+SPOKEN = ("DISPLAY", "WAYLAND_DISPLAY", "LANG", "LC_ALL", "MPLBACKEND")
+BARE = {key: value for key, value in os.environ.items() if key not in SPOKEN}
 
 
-@pytest.mark.parametrize("command", [PART1, PART2], ids=["part 1", "part 2"])
-def test_reader_that_leaves_early_narrow_ascii_and_no_display(command, tmp_path):
-    """As with ``| head -1``, in a terminal of 20 columns without UTF-8, and --show in vain."""
-    ascii_only = {"LC_ALL": "C", "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0",
-                  "PYTHONCOERCECLOCALE": "0", "COLUMNS": "20"}  # fmt: skip
-    folder = tmp_path / os.fsdecode(b"caf\xc3\xa9 \xff")
-    process = subprocess.Popen(
-        [*command, folder, "--show"], cwd=ROOT, env=BARE | ascii_only,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
-    assert process.stdout.readline().startswith(b"1. ")
-    process.stdout.close()
-    errors = process.stderr.read()
-    assert process.wait() == 0 and errors == b""
-    assert len(list(folder.glob("*.png"))) >= 4 and len(list(folder.glob("*.json"))) >= 1
+def read_and_leave(command, environment):
+    """Read the first line of a command's output, as ``| head -1``; what it writes to stderr."""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, env=environment, **pipes) as process:
+        assert process.stdout.readline().startswith(b"1. ")
+        process.stdout.close()
+        errors = process.stderr.read()
+        assert process.wait() == 0
+    return errors
 
 
 def test_narrow_ascii_output_in_a_file_is_whole(tmp_path):
     scores = tmp_path / "scores.csv"
     scores.write_text("caf\u00e9,y_score\n" + "1,0.9\n0,0.2\n1,0.7\n0,0.6\n" * 5, encoding="utf-8")
     options = ["--scores", scores, "--label-column", "caf\u00e9", "--show"]
+    narrow = BARE | {"PYTHONIOENCODING": "ascii", "COLUMNS": "20", "PYTHONUTF8": "1"}
     with open(tmp_path / "log", "wb") as log:
-        done = subprocess.run(
-            [*PART1, tmp_path / "caf\u00e9", *options], cwd=ROOT, stdout=log, check=False,
-            stderr=subprocess.PIPE,
-            env=BARE | {"PYTHONIOENCODING": "ascii", "COLUMNS": "20", "PYTHONUTF8": "1"},
-        )  # fmt: skip
+        how = {"stdout": log, "stderr": subprocess.PIPE, "check": False}
+        done = subprocess.run([*PART1, tmp_path / "caf\u00e9", *options], env=narrow, **how)
     assert (done.returncode, done.stderr) == (0, b"")
     text = (tmp_path / "log").read_text("ascii")
     assert "no display" in text and "caf\\xe9" in text
     assert "\r" not in text and "\x1b" not in text
 
 
-def test_plot_backend_of_a_notebook_does_not_matter(tmp_path):
-    backend = {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}  # as Colab sets it
-    done = subprocess.run([*PART1, tmp_path], cwd=ROOT, env=BARE | backend, stderr=subprocess.PIPE,
-                          check=False)  # fmt: skip
-    assert (done.returncode, done.stderr) == (0, b"")
-
-
 @pytest.mark.parametrize("target", ["/dev/full", "&-"], ids=["full", "closed"])
-def test_output_that_cannot_be_written_does_not_end_a_run(target, tmp_path):
+def test_neither_a_lost_output_nor_a_notebooks_backend_ends_a_run(target, tmp_path):
     if target == "/dev/full" and not Path(target).exists():
         pytest.skip("there is no /dev/full here")
+    colab = BARE | {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}
     command = f"{shlex.join([*PART1, str(tmp_path)])} >{target}"
-    done = subprocess.run(command, shell=True, cwd=ROOT, stderr=subprocess.PIPE, check=False)
+    how = {"stderr": subprocess.PIPE, "check": False}
+    done = subprocess.run(command, shell=True, env=colab, **how)
     assert (done.returncode, done.stderr) == (0, b"")
     assert (tmp_path / "summary.json").exists()
