@@ -378,6 +378,134 @@ def _fetch(url, file, stall_seconds):
             raise EOFError(f"the connection ended after {done} of {total} bytes")
 
 
+# %% Score files
+
+
+def read_scores(path, label_column, score_column, positive=None):
+    """Labels and scores from a CSV file with a header, or from an NPZ file.
+
+    Returns
+    -------
+    labels : ndarray of bool, shape (n,)
+    scores : ndarray of float, shape (n,), in the file's own precision
+
+    Raises
+    ------
+    UserError
+        If the file, a column, a score or a label is not what it should be.
+    """
+    read = _read_npz if path.suffix.lower() == ".npz" else _read_csv
+    labels, scores, lines = read(path, label_column, score_column)
+    if labels.ndim != 1 or labels.shape != scores.shape:
+        raise UserError(
+            f"{path}: {label_column} has shape {labels.shape} and {score_column} "
+            f"{scores.shape}: give two columns of equal length"
+        )
+    if scores.size == 0:
+        raise UserError(f"{path} has a header but no cases: give a file with scores")
+    bad = np.flatnonzero(~np.isfinite(scores))
+    if bad.size:
+        raise UserError(
+            f"{path}: {bad.size} scores in {score_column} are NaN or infinite, the "
+            f"first in {lines[0]} {lines[1][bad[0]]}: remove or fix them"
+        )
+    return _find_positives(f"{path}: the labels in {label_column}", labels, positive), scores
+
+
+def _read_csv(path, *names):
+    """The columns (text, float64), and the line on which each row ends."""
+    labels, scores, lines = [], [], []
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            reader = csv.reader(file, strict=True)
+            header = next(reader, [])
+            if len(header) == 1 and (used := [mark for mark in ";\t|" if mark in header[0]]):
+                raise UserError(
+                    f"{path} separates its columns by {used[0]!r}: separate them by commas"
+                )
+            a, b = _find_columns(path, header, names)
+            for row in filter(None, reader):
+                labels.append(row[a])
+                scores.append(float(row[b]))
+                lines.append(reader.line_num)
+    except IndexError:
+        raise UserError(f"{path}, line {reader.line_num}: too few columns") from None
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{path} is not a CSV file ({error}): give CSV or NPZ") from error
+    except ValueError:
+        raise UserError(
+            f"{path}, line {reader.line_num}: {row[b]!r} in {names[1]} is not a number"
+        ) from None
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    return np.array(labels), np.array(scores), ("line", lines)
+
+
+def _read_npz(path, *names):
+    """The arrays as they are, and their indices; nothing pickled is loaded."""
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            _find_columns(path, arrays.files, names)
+            labels, scores = (arrays[name] for name in names)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+    except UserError:
+        raise
+    except Exception as error:  # a damaged archive can raise almost anything
+        raise UserError(f"{path} is not a readable NPZ file ({error})") from error
+    if scores.dtype.kind not in "fiub" or labels.dtype.kind not in "fiubUS":
+        raise UserError(
+            f"{path}: {names[0]} is {labels.dtype} and {names[1]} is {scores.dtype}: "
+            "labels must be numbers or text, scores numbers"
+        )
+    if labels.dtype.kind == "S":
+        labels = np.char.decode(labels, errors="backslashreplace")
+    narrow = scores.dtype.kind == "f" and scores.dtype.itemsize <= 8
+    dtype = scores.dtype.newbyteorder("=") if narrow else np.float64
+    return labels, scores.astype(dtype, copy=False), ("index", range(scores.size))
+
+
+def _find_columns(path, present, wanted):
+    if not present:
+        raise UserError(f"{path} is empty: give a CSV file with a header, or an NPZ file")
+    for name in wanted:
+        if present.count(name) != 1:
+            raise UserError(
+                f"{path} has {'more than one' if name in present else 'no'} column {name!r} among "
+                f"{textwrap.shorten(', '.join(present), 300)}: name yours with --label-column "
+                "and --score-column"
+            )
+    return [present.index(name) for name in wanted]
+
+
+def _find_positives(what, values, positive):
+    """Labels as bool: 1 (or ``positive``) against 0 (or every other value)."""
+    found = np.unique(values[:1000]).tolist()
+    found = ", ".join(map(repr, found[:5])) + ", ..." * (len(found) > 5)
+    sought = "1" if positive is None else positive
+    numbers, wanted = _as_numbers(values), _as_numbers(np.array([sought]))
+    if positive is None and (numbers is None or not np.isin(numbers, (0, 1)).all()):
+        raise UserError(
+            f"{what} are not all 0 or 1 (there is {found}): say with --positive "
+            "which value is positive"
+        )
+    as_text = numbers is None or wanted is None
+    labels = values.astype(str) == sought if as_text else numbers == wanted
+    if not labels.any() or labels.all():
+        raise UserError(
+            f"{what} are {'all' if labels.all() else 'never'} {sought} (there is {found}): "
+            "both classes are needed; see --positive"
+        )
+    return labels
+
+
+def _as_numbers(values):
+    try:
+        return values.astype(float)
+    except (ValueError, TypeError):
+        return None
+
+
 # %% Plots
 
 # Okabe and Ito's colours can be told apart with every kind of colour vision.
