@@ -1,234 +1,282 @@
-"""Find the decision threshold of a binary classifier, and say how sure that is.
+"""Find the best decision threshold of a binary classifier, and how certain it is.
 
-    python part1_threshold.py                                  simulated scores
-    python part1_threshold.py --scenario underconfident        0.5 is wrong here
-    python part1_threshold.py --scores FILE.csv --positive yes your own scores
+    python part1_threshold.py                                   simulated scores
+    python part1_threshold.py --scenario underconfident         0.5 is wrong here
+    python part1_threshold.py --scores FILE.csv --positive yes  your own scores
 
-A case is called positive when ``score >= threshold``. One pass over the scores
-fills a small table of counts (class x gap between thresholds); every metric,
-the bootstrap, the hold-out check and the other class balances are computed
-from that table, so they cost the same for a thousand cases and for ten million.
+The first takes about 2 s on two CPU cores. Of 10,000 simulated cases F1 is best at 0.49:
+0.8676 (95 % interval 0.8584 to 0.8773), and 0.8655 at the default 0.5; ROC AUC 0.9698. It
+writes summary.json (every number), thresholds.csv (81 thresholds, all metrics), scores.csv
+(simulated scores only) and the plots 01_... to 05_...png into outputs/part1.
 
-Writes summary.json, thresholds.csv, scores.csv (simulated scores only) and the
-plots 01_... to 05_...png into the output folder. README.md has the time it takes.
+A case is called positive when ``score >= threshold``. One sort counts the true and false
+positives at every threshold; all else follows from those counts, so that ten million cases
+take seconds. Read on downwards: the story (main, analyse, narrate); 1. the scores; counting;
+metrics; 2. the best threshold; 3. moving it; 4. certainty; 5. calibration; 6. other class
+balances; 7. the errors; 8. files and figures; the command line.
 """
+
+from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
 
-from utils import (
-    BLACK, BLUE, GREEN, ORANGE, PURPLE, RED, SKY, Parser, UserError, command, derive_seed,
-    finish_figures, integer, load_pyplot, number, output_folder, read_scores, save_figure,
-    say, tell, write_csv, write_json,
-)  # fmt: skip
-
-# ------------------------------------------------------------------- constants
+import utils
+from utils import BLACK, BLUE, GREEN, ORANGE, PURPLE, RED, SKY, UserError, say, tell
 
 # Division, not a step of 0.01: each value is the float that "0.37" reads as.
 GRID = np.arange(10, 91) / 100
 TOLERANCE = 1e-12  # values closer than this are equally good
-NEAR = 0.005  # a loss too small to care about
 REPLICATES = 2000  # of the bootstrap
 LEVELS = (0.025, 0.975)  # of every 95 % interval
-BALANCES = (0.05, 0.10, 0.30, 0.50)  # shares of positives in the closing table
-BINS = 10  # of the reliability diagram
-
-# ------------------------------------------------------------- simulated scores
-
-
-def _beta(labels, rng):
-    """Beta(6, 3) for positives, Beta(3, 8) for negatives: 0.5 happens to be best."""
-    return np.where(labels, rng.beta(6, 3, labels.size), rng.beta(3, 8, labels.size))
+LIMITS = {"min_precision": "precision", "min_recall": "recall", "max_alert_rate": "alert_rate"}
+BALANCES = (0.05, 0.10, 0.30, 0.50)  # shares of positives in step 6
+BINS = 10  # of the calibration error
 
 
-def _calibrated(labels, rng):
-    """The true probability of a case whose evidence is N(+-1.3, 1) in units of its sd."""
-    evidence = rng.normal(np.where(labels, 1.3, -1.3))
-    share = labels.mean()
-    return _sigmoid(2.6 * evidence + np.log(share / (1 - share)))
+# %% The story
+@utils.command
+def main(argv=None):
+    """Read or simulate scores, find their best threshold, tell about it, save and draw."""
+    a = parse_arguments(argv)
+    if a.scores:
+        labels, scores = utils.read_scores(a.scores, a.label_column, a.score_column, a.positive)
+        origin = {"source": str(a.scores), "scenario": None}
+    else:
+        labels, scores = simulate_scores(a.n_samples, a.positive_rate, a.scenario, a.seed)
+        origin = {"source": SCENARIOS[a.scenario], "scenario": a.scenario}
+    objective = Objective(**{field.name: getattr(a, field.name) for field in fields(Objective)})
+    result = analyse(labels, scores, objective, a.exact, a.holdout, a.seed, **origin)
+    folder = utils.output_folder(a.output_dir)
+    narrate(result)
+    say(f"8. Files in {folder}")
+    save(result, folder)
+    draw(result, folder, a.show)
 
 
-def _underconfident(labels, rng):
-    """Logits N(0.5, 1.1) and N(-2.5, 1.1): ranked well, but all scores too low."""
-    return _sigmoid(rng.normal(np.where(labels, 0.5, -2.5), 1.1))
+@dataclass(frozen=True)
+class Result:
+    """What a run has found: the narration, the files and the figures are made of it."""
+
+    labels: np.ndarray  # bool, (n,)
+    scores: np.ndarray  # float, (n,)
+    objective: Objective
+    curve: Counts  # at no more than 2,000 of the distinct scores: a curve needs no more
+    table: Counts  # at the T thresholds to choose from
+    columns: dict  # what thresholds.csv holds: (T,) each
+    chosen: int  # index in the table
+    bands: dict  # 95 % bootstrap band of each metric that is drawn: (2, T)
+    summary: dict  # what summary.json holds
+
+    def fill(self, text, **more):
+        """Put numbers of the summary, and ``more``, into a text: ``{best[threshold]:.4g}``."""
+        name, loss = METRICS[self.objective.metric].name, self.objective.small_loss
+        return text.format(name=name, small_loss=loss, **more, **self.summary)
 
 
-def _sigmoid(logits):
-    return 1 / (1 + np.exp(-logits))
+def analyse(labels, scores, objective, exact=False, share=0.5, seed=0, **origin):
+    """Every number of a run; nothing is printed, drawn or written.
 
-
-SCENARIOS = {
-    "balanced": (_beta, "Beta(6,3) for positives, Beta(3,8) for negatives"),
-    "calibrated": (_calibrated, "calibrated probabilities from evidence N(+-1.3, 1)"),
-    "underconfident": (
-        _underconfident,
-        "logits N(0.5,1.1) for positives, N(-2.5,1.1) for negatives: scores too low",
-    ),
-}
-
-
-def simulate_scores(n, positive_rate, scenario, seed):
-    """Labels and scores of ``n`` simulated cases, in random order.
+    Parameters
+    ----------
+    labels : ndarray of bool, shape (n,)
+        Both classes are present.
+    scores : ndarray of float, shape (n,)
+    objective : Objective
+    exact : bool
+        Also search all distinct scores; needed for scores outside [0, 1].
+    share : float in (0, 1)
+        Share of the cases on which the choice of the others is scored.
+    **origin
+        Where the scores come from, in words: the first entries of the summary.
 
     Returns
     -------
-    labels : ndarray of bool, shape (n,)
-    scores : ndarray of float64, shape (n,), in [0, 1]
+    Result
 
     Raises
     ------
     UserError
-        If ``n`` cases at this rate leave one class empty.
+        If no threshold keeps the limits, or scores outside [0, 1] lack ``exact``.
     """
+    every = count_every_score(labels, scores)
+    if not (every.probabilities or exact):
+        raise UserError(
+            f"the scores run from {scores.min():.6g} to {scores.max():.6g}: give "
+            "probabilities in [0, 1], or add --exact for other scores"
+        )
+    optimum = find_best(every, objective, "all distinct scores") if exact else None
+    table = lay_table(every, scores.dtype)
+    beyond = f" (though the score {every.threshold[optimum]:.9g} does)" if exact else ""
+    chosen = find_best(table, objective, "the table" + beyond)
+    columns = tabulate(table, objective)
+    drawn = bootstrap(table, objective, chosen, seed)
+    choice = describe_choice(table, columns, objective, chosen, drawn)
+    theory = check_theory(every, choice["best"], objective)
+    summary = {
+        **origin,
+        "seed": seed,
+        "n": labels.size,
+        "n_positive": every.pos,
+        **asdict(objective),
+        "probabilities": every.probabilities,
+        **areas(every, objective),
+        **choice,
+        "constraints": {name: getattr(objective, name) for name in LIMITS},
+        "bootstrap": {key: drawn[key] for key in ("replicates", "dropped")},
+        "holdout": check_holdout(table, objective, share, seed),
+        "exact": describe_exact(every, optimum, choice["best"], objective) if exact else None,
+        "calibration": calibration(labels, scores) | theory if every.probabilities else None,
+        "balances": other_balances(table),
+        "dominant_error": dominant_error(table[[chosen]], objective),
+    }
+    curve = every[np.unique(np.linspace(0, every.threshold.size - 1, 2000).astype(int))]
+    bands = drawn["bands"]
+    return Result(labels, scores, objective, curve, table, columns, chosen, bands, summary)
+
+
+def narrate(result):
+    """Tell the story in numbered steps; every number in it is one of the summary's."""
+    story = {
+        "The scores": tell_scores,
+        "The best threshold": tell_choice,
+        "What moving the threshold does": tell_trade_off,
+        "How certain this is": tell_certainty,
+        "Are the scores probabilities?": tell_calibration,
+        "If another share of the cases were positive (F1, no limits)": tell_balances,
+        "What the errors of this run suggest": tell_suggestions,
+    }
+    for step, (title, paragraphs) in enumerate(story.items(), 1):
+        say(f"{step}. {title}")
+        for paragraph in paragraphs(result):
+            tell(paragraph)
+        say("")
+
+
+# %% 1. The scores
+SCENARIOS = {
+    "balanced": "Beta(6,3) for positives, Beta(3,8) for negatives",
+    "calibrated": "calibrated probabilities from evidence N(+-1.3, 1)",
+    "underconfident": "logits N(0.5,1.1) for positives, N(-2.5,1.1) for negatives: scores too low",
+}
+
+
+def simulate_scores(n, positive_rate, scenario, seed):
+    """Labels (bool) and scores (float64 in [0, 1]) of ``n`` cases, in random order."""
     n_positive = round(n * positive_rate)
     if not 0 < n_positive < n:
         raise UserError(
             f"{n} cases at a positive rate of {positive_rate} leave one class empty: "
             "give a larger --n-samples or another --positive-rate"
         )
-    rng = np.random.default_rng(derive_seed(seed, 0))
+    rng = np.random.default_rng(utils.derive_seed(seed, 0))
     labels = rng.permutation(np.arange(n) < n_positive)
-    return labels, SCENARIOS[scenario][0](labels, rng)
+    if scenario == "balanced":  # 0.5 happens to be best
+        return labels, np.where(labels, rng.beta(6, 3, n), rng.beta(3, 8, n))
+    if scenario == "calibrated":  # the true probability of a case, given its evidence
+        evidence = rng.normal(np.where(labels, 1.3, -1.3))
+        logits = 2.6 * evidence + np.log(labels.mean() / (1 - labels.mean()))
+    else:  # ranked well, but 0.5 misses half of the positives
+        logits = rng.normal(np.where(labels, 0.5, -2.5), 1.1)
+    return labels, 1 / (1 + np.exp(-logits))
 
 
-# ------------------------------------------------------------------ count tables
-
-
-@dataclass(frozen=True)
-class Counts:
-    """Confusion counts at each threshold; all arrays broadcast against each other.
-
-    Attributes
-    ----------
-    threshold : ndarray of float, shape (T,), ascending
-    tp, fp : ndarray, shape (..., T)
-        True and false positives: cases with ``score >= threshold``.
-    n_positive, n_negative : number, or ndarray of shape (..., 1)
-    """
-
-    threshold: np.ndarray
-    tp: np.ndarray
-    fp: np.ndarray
-    n_positive: int
-    n_negative: int
-
-    @property
-    def fn(self):
-        return self.n_positive - self.tp
-
-    @property
-    def tn(self):
-        return self.n_negative - self.fp
-
-    def __getitem__(self, index):
-        return replace(
-            self,
-            threshold=self.threshold[index],
-            tp=self.tp[..., index],
-            fp=self.fp[..., index],
-        )
-
-    def at_prevalence(self, share):
-        """The same tpr and fpr in a population with this share of positives."""
-        tpr, fpr = self.tp / self.n_positive, self.fp / self.n_negative
-        return Counts(self.threshold, tpr * share, fpr * (1 - share), share, 1 - share)
-
-
-def count_cells(labels, scores, chunk=1 << 15):
-    """Count the scores of each class between the grid's thresholds, in one pass.
-
-    Parameters
-    ----------
-    labels : ndarray of bool, shape (n,)
-    scores : ndarray of float, shape (n,), in [0, 1]
-        Compared in their own precision, so that a float32 0.30 reaches 0.30.
-
-    Returns
-    -------
-    ndarray of int64, shape (2, 82)
-        ``[c, j]``: cases of class c whose score reaches exactly j thresholds.
-    """
-    thresholds = GRID.astype(scores.dtype)
-    following = np.append(thresholds, np.inf).astype(scores.dtype)
-    # Multiplying by a power of two is exact, and no 1/128 holds two thresholds:
-    # a look-up gives the count up to the score's 1/128, one comparison the rest.
-    steps = np.arange(129, dtype=scores.dtype) / 128
-    reached = np.searchsorted(thresholds, steps, side="right").astype(np.int16)
-    cells = np.zeros(2 * following.size, np.int64)
-    for start in range(0, scores.size, chunk):
-        part = scores[start : start + chunk]
-        index = reached[(part * 128).astype(np.int16)]
-        index += part >= following[index]
-        index += following.size * labels[start : start + chunk].astype(np.int16)
-        cells += np.bincount(index, minlength=cells.size)
-    return cells.reshape(2, -1)
-
-
-def counts_at(cells, thresholds):
-    """Confusion counts from cells of shape (..., 2, T + 1)."""
-    reaching = cells[..., ::-1].cumsum(-1)[..., ::-1]
-    negative, positive = reaching[..., 0, :], reaching[..., 1, :]
-    return Counts(
-        thresholds, positive[..., 1:], negative[..., 1:], positive[..., :1], negative[..., :1]
+def tell_scores(result):
+    """Which cases the run is about."""
+    yield "Simulated: " * bool(result.summary["scenario"]) + result.fill(
+        "{source}; {n:,} cases, {n_positive:,} of them positive; seed {seed}."
     )
 
 
-def sort_with_labels(labels, scores, ordered, positive):
-    """Fill ``ordered`` (float64) with the sorted scores, ``positive`` with their labels."""
-    np.add(scores, 0.0, out=ordered)  # -0.0 becomes 0.0
-    if ordered.min() < 0 or ordered.max() > 1:
+# %% Counting
+@dataclass(frozen=True)
+class Counts:
+    """Cases called positive at each threshold; all arrays broadcast against each other."""
+
+    threshold: np.ndarray  # ascending, (T,)
+    tp: np.ndarray  # positives with score >= threshold, (..., T)
+    fp: np.ndarray  # negatives with score >= threshold, (..., T)
+    pos: int  # all positives, or an array (..., 1)
+    neg: int  # all negatives, likewise
+    probabilities: bool = True  # whether all scores lie in [0, 1]
+
+    fn = property(lambda self: self.pos - self.tp)
+    tn = property(lambda self: self.neg - self.fp)
+    n = property(lambda self: self.pos + self.neg)
+    tpr = property(lambda self: self.tp / self.pos)
+    fpr = property(lambda self: self.fp / self.neg)
+    tnr = property(lambda self: self.tn / self.neg)
+    # The index of 0.5, where the scores are probabilities.
+    half = property(lambda self: self.threshold.searchsorted(0.5) if self.probabilities else None)
+
+    def __getitem__(self, index):
+        tp, fp = self.tp[..., index], self.fp[..., index]
+        return replace(self, threshold=self.threshold[index], tp=tp, fp=fp)
+
+    def at(self, thresholds):
+        """The counts at any thresholds, looked up among these."""
+        index = np.searchsorted(self.threshold, thresholds).clip(max=self.threshold.size - 1)
+        return replace(self[index], threshold=np.asarray(thresholds, float))
+
+    def at_prevalence(self, share):
+        """The same tpr and fpr where this share is positive; the counts become shares."""
+        if share is None:
+            return self
+        tp, fp = self.tpr * share, self.fpr * (1 - share)
+        return replace(self, tp=tp, fp=fp, pos=share, neg=1 - share)
+
+    def cells(self):
+        """How many cases of each class lie between the thresholds; shape (2, T + 1)."""
+        reaching = (self.neg, self.fp), (self.pos, self.tp)
+        return np.array([-np.diff(np.concatenate([[n], k, [0]])) for n, k in reaching])
+
+    def redrawn(self, cells):
+        """The counts of other cells, shape (..., 2, T + 1), at the same thresholds."""
+        reaching = cells[..., ::-1].cumsum(-1)[..., ::-1]
+        fp, tp = reaching[..., 0, :], reaching[..., 1, :]
+        return replace(self, tp=tp[..., 1:], fp=fp[..., 1:], pos=tp[..., :1], neg=fp[..., :1])
+
+
+def count_every_score(labels, scores):
+    """Counts at every distinct score and, last, just above the highest: nobody is positive."""
+    ordered = np.add(scores, 0.0, dtype=np.float64)  # a copy, in which -0.0 is 0.0
+    probabilities = bool(ordered.min() >= 0 and ordered.max() <= 1)
+    if probabilities:
+        # The bits of floats in [0, 1] sort like integers and leave the top two bits free,
+        # so the label fits in below them: one plain sort, 5 times as fast as an argsort.
+        keys = ordered.view(np.int64)
+        keys <<= 1
+        keys |= labels
+        keys.sort()
+        positive = (keys & 1).astype(bool)
+        keys >>= 1
+    else:
         order = np.argsort(ordered)
-        ordered[:], positive[:] = ordered[order], labels[order]
-        return
-    # The bits of floats in [0, 1] sort like integers and leave the top two bits free,
-    # so the label fits in below them: one plain sort, 5 times as fast as an argsort.
-    keys = ordered.view(np.int64)
-    keys <<= 1
-    keys |= labels
-    keys.sort()
-    np.bitwise_and(keys, 1, out=positive)
-    keys >>= 1
+        ordered, positive = ordered[order], labels[order]
+    threshold = np.append(ordered, np.nextafter(scores.max(), np.inf, dtype=scores.dtype))
+    below = np.append(0, np.cumsum(positive))  # positives below each threshold
+    tp = below[-1] - below
+    fp = np.arange(scores.size, -1, -1) - tp
+    first = np.append(True, threshold[1:] != threshold[:-1])  # equal scores are one threshold
+    counts = Counts(threshold, tp, fp, int(tp[0]), int(fp[0]), probabilities)
+    return counts if first.all() else counts[first]
 
 
-def count_distinct(labels, scores):
-    """Confusion counts at every distinct score and, last, at "predict nobody".
-
-    That last threshold is the next float above the highest score. Equal scores
-    are one threshold: no rule can tell them apart.
-    """
-    n = scores.size
-    threshold, tp, fp = np.empty(n + 1), np.zeros(n + 1, np.int64), np.arange(n, -1, -1)
-    threshold[n] = np.nextafter(scores.max(), np.inf, dtype=scores.dtype)
-    sort_with_labels(labels, scores, threshold[:n], tp[1:])
-    np.cumsum(tp, out=tp)  # positives below each score, ...
-    np.subtract(tp[n], tp, out=tp)  # ... and at or above it
-    fp -= tp
-    first = threshold[1:] != threshold[:-1]
-    if not first.all():
-        first = np.append(True, first)
-        threshold, tp, fp = threshold[first], tp[first], fp[first]
-    return Counts(threshold, tp, fp, int(tp[0]), int(fp[0]))
+def lay_table(every, dtype):
+    """The counts at the thresholds to choose from: 0.10 to 0.90, or 81 quantiles."""
+    if every.probabilities:  # compared in their own precision: a float32 0.30 reaches 0.30
+        return replace(every.at(GRID.astype(dtype)), threshold=GRID)
+    reaching = every.tp + every.fp  # falls from n to 0
+    wanted = every.n * (1 - np.arange(GRID.size) / GRID.size)
+    return every[np.searchsorted(-reaching, -wanted, side="right") - 1]
 
 
-def counts_from(distinct, thresholds):
-    """Confusion counts at any thresholds, looked up among those of every score."""
-    found = distinct[np.searchsorted(distinct.threshold, thresholds).clip(max=len(distinct.tp) - 1)]
-    return replace(found, threshold=np.asarray(thresholds))
-
-
-def cells_from(counts):
-    """The count table (2, T + 1) of confusion counts of shape (T,)."""
-    ends = [(counts.n_negative, counts.fp), (counts.n_positive, counts.tp)]
-    return np.array([-np.diff(np.concatenate([[n], k, [0]])) for n, k in ends])
-
-
-# ----------------------------------------------------------------------- metrics
-
-
+# %% Metrics
 @dataclass(frozen=True)
 class Objective:
     """What makes a threshold good: the metric, its weights and the limits."""
@@ -241,763 +289,581 @@ class Objective:
     min_precision: float | None = None
     min_recall: float | None = None
     max_alert_rate: float | None = None
-    probabilities: bool = True  # whether the scores are, as net benefit needs
+
+    sign = property(lambda self: METRICS[self.metric].sign)
+
+    @property
+    def limits(self):
+        """Name and value of each limit that was given."""
+        given = {name: getattr(self, name) for name in LIMITS}
+        return {name: value for name, value in given.items() if value is not None}
+
+    @property
+    def small_loss(self):
+        """A loss of the metric that is too small to care about."""
+        return 0.005 * (max(self.fp_cost, self.fn_cost) if self.metric == "cost" else 1)
+
+
+@dataclass(frozen=True)
+class Metric:
+    """How a metric is called, computed and drawn; a new one is an entry in METRICS."""
+
+    name: str
+    value: Callable  # of Counts and an Objective, with the shape of counts.tp; NaN: no value
+    style: tuple = (RED, "-")  # colour and line of its curve
+    sign: int = 1  # -1 where lower is better
 
 
 def ratio(a, b):
-    """a / b, and 0 where both are 0 (no alert, say, has precision 0)."""
+    """Return a / b, and 0 where both are 0 (where nobody is called positive, say)."""
     return a / (b + (b == 0))
 
 
-def _f_beta(c, beta):
-    # Never 2PR / (P + R): that is 0/0 where nothing is predicted.
-    return ratio((1 + beta**2) * c.tp, beta**2 * c.n_positive + c.tp + c.fp)
+def f_beta(c, beta):
+    """F-beta from the counts: 2PR / (P + R) would be 0/0 where nobody is called positive."""
+    return ratio((1 + beta**2) * c.tp, beta**2 * c.pos + c.tp + c.fp)
 
 
-def _mcc(c, o):
-    # Two square roots: the product of four counts overflows from 50,000 cases on.
-    scale = np.sqrt(1.0 * (c.tp + c.fp) * c.n_positive)
-    return ratio(1.0 * c.tp * c.tn - 1.0 * c.fp * c.fn,
-                 scale * np.sqrt(1.0 * (c.tn + c.fn) * c.n_negative))  # fmt: skip
+def matthews(c):
+    """Matthews correlation; in floats, since a product of counts can exceed 64 bits."""
+    scale = np.sqrt(1.0 * (c.tp + c.fp) * c.pos) * np.sqrt(1.0 * (c.tn + c.fn) * c.neg)
+    return ratio(1.0 * c.tp * c.tn - 1.0 * c.fp * c.fn, scale)
 
 
-def _kappa(c, o):
-    agreement = 2.0 * (c.tp * c.tn - 1.0 * c.fp * c.fn)
-    chance = 1.0 * (c.tp + c.fp) * c.n_negative + 1.0 * (c.fn + c.tn) * c.n_positive
-    return ratio(agreement, chance)
+def kappa(c):
+    """Cohen's kappa, as agreement over what chance leaves room for."""
+    chance = 1.0 * (c.tp + c.fp) * c.neg + 1.0 * (c.fn + c.tn) * c.pos
+    return ratio(2.0 * (c.tp * c.tn - 1.0 * c.fp * c.fn), chance)
 
 
-def _net_benefit(c, o):
+def net_benefit(c):
     """Vickers and Elkin 2006: a false alarm weighs t / (1 - t) of a hit."""
-    weight = np.divide(c.threshold, 1 - c.threshold, where=c.threshold < 1,
-                       out=np.full(c.threshold.shape, np.inf))  # fmt: skip
-    harm = np.multiply(c.fp, weight, where=c.fp > 0, out=np.zeros(c.fp.shape))
-    return (c.tp - harm) / total(c) if o.probabilities else np.full(c.fp.shape, np.nan)
+    if not c.probabilities:
+        return np.full(c.tp.shape, np.nan)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        odds = c.threshold / (1 - c.threshold)
+        return (c.tp - np.where(c.fp > 0, c.fp * odds, 0)) / c.n
 
 
-def total(c):
-    return c.n_positive + c.n_negative
-
-
-# Each takes counts (or shares) and the objective; all but cost are better when higher.
 METRICS = {
-    "precision": lambda c, o: ratio(c.tp, c.tp + c.fp),
-    "recall": lambda c, o: ratio(c.tp, c.n_positive),
-    "specificity": lambda c, o: ratio(c.tn, c.n_negative),
-    "f1": lambda c, o: _f_beta(c, 1),
-    "youden_j": lambda c, o: ratio(c.tp, c.n_positive) - ratio(c.fp, c.n_negative),
-    "balanced_accuracy": lambda c, o: (
-        ratio(c.tp, c.n_positive) + ratio(c.tn, c.n_negative)
-    ) / 2,
-    "accuracy": lambda c, o: ratio(c.tp + c.tn, total(c)),
-    "f_beta": lambda c, o: _f_beta(c, o.beta),
-    "mcc": _mcc,
-    "cohen_kappa": _kappa,
-    "cost": lambda c, o: (o.fp_cost * c.fp + o.fn_cost * c.fn) / total(c),
-    "net_benefit": _net_benefit,
-    "alert_rate": lambda c, o: ratio(c.tp + c.fp, total(c)),
-}  # fmt: skip
-NAMES = {
-    "f1": "F1", "f_beta": "F-beta", "youden_j": "Youden's J", "mcc": "Matthews corr.",
-    "cohen_kappa": "Cohen's kappa",
-}  # fmt: skip
-LIMITS = {
-    "min_precision": ("precision", 1),
-    "min_recall": ("recall", 1),
-    "max_alert_rate": ("alert_rate", -1),
+    "precision": Metric("precision", lambda c, o: ratio(c.tp, c.tp + c.fp), (BLUE, "--")),
+    "recall": Metric("recall", lambda c, o: c.tpr, (ORANGE, "-.")),
+    "specificity": Metric("specificity", lambda c, o: c.tnr),
+    "f1": Metric("F1", lambda c, o: f_beta(c, 1), (BLACK, "-")),
+    "youden_j": Metric("Youden's J", lambda c, o: c.tpr - c.fpr, (GREEN, "--")),
+    "balanced_accuracy": Metric(
+        "balanced accuracy", lambda c, o: (c.tpr + c.tnr) / 2, (PURPLE, "-.")
+    ),
+    "accuracy": Metric("accuracy", lambda c, o: (c.tp + c.tn) / c.n),
+    "f_beta": Metric("F-beta", lambda c, o: f_beta(c, o.beta)),
+    "mcc": Metric("Matthews corr.", lambda c, o: matthews(c), (SKY, ":")),
+    "cohen_kappa": Metric("Cohen's kappa", lambda c, o: kappa(c)),
+    "cost": Metric("cost", lambda c, o: (o.fp_cost * c.fp + o.fn_cost * c.fn) / c.n, sign=-1),
+    "net_benefit": Metric("net benefit", lambda c, o: net_benefit(c)),
+    "alert_rate": Metric("alert rate", lambda c, o: (c.tp + c.fp) / c.n),
 }
 
 
-def name_of(metric):
-    return NAMES.get(metric, metric.replace("_", " "))
-
-
 def measure(metric, counts, objective):
-    """The metric at each threshold, at the objective's class balance; shape (..., T)."""
-    if objective.prevalence is not None:
-        counts = counts.at_prevalence(objective.prevalence)
-    return METRICS[metric](counts, objective)
+    """The metric at each threshold, at the objective's prevalence; shape (..., T)."""
+    return METRICS[metric].value(counts.at_prevalence(objective.prevalence), objective)
 
 
-# ------------------------------------------------------------- the best threshold
+def tabulate(counts, objective):
+    """The columns of thresholds.csv: counts as observed, then every metric; shape (T,)."""
+    observed = {key: getattr(counts, key) for key in ("threshold", "tp", "fp", "fn", "tn")}
+    return observed | {metric: measure(metric, counts, objective) for metric in METRICS}
 
 
-def direction(objective):
-    """1 where a higher metric is better, -1 for the cost."""
-    return -1 if objective.metric == "cost" else 1
+def row(columns, index, metric):
+    """One threshold of a table as plain numbers; ``value`` is that of the metric."""
+    values = {name: column[index].item() for name, column in columns.items()}
+    return values | {"value": values[metric]}
 
 
+def areas(every, objective):
+    """Areas under the ROC curve (trapezoids) and the precision-recall curve (steps)."""
+    recall, precision = (measure(m, every, objective) for m in ("recall", "precision"))
+    roc_auc = abs(np.trapezoid(recall, every.fpr))
+    return {"roc_auc": roc_auc, "average_precision": -np.diff(recall) @ precision[:-1]}
+
+
+# %% 2. The best threshold
 def goodness(counts, objective):
     """The metric, turned so that higher is better; shape (..., T)."""
-    return direction(objective) * measure(objective.metric, counts, objective)
+    return objective.sign * measure(objective.metric, counts, objective)
 
 
 def shortfall(counts, objective):
     """By how much each threshold misses the limits, summed; 0 where it keeps them."""
-    missing = np.zeros(np.shape(counts.tp))
-    for limit, (metric, sign) in LIMITS.items():
-        wanted = getattr(objective, limit)
-        if wanted is not None:
-            value = measure(metric, counts, objective)
-            missing = missing + np.maximum(0, sign * (wanted - value) - TOLERANCE)
+    missing = 0
+    for name, limit in objective.limits.items():
+        below = limit - measure(LIMITS[name], counts, objective)
+        below = -below if name.startswith("max") else below
+        missing = missing + np.maximum(0, below - TOLERANCE)
     return missing
 
 
-def has_limits(objective):
-    return any(getattr(objective, limit) is not None for limit in LIMITS)
-
-
-def eligible(counts, objective):
+def eligible(good, missing):
     """Goodness, and -inf where a limit is missed or the metric has no value."""
-    values = goodness(counts, objective)
-    if has_limits(objective):
-        values = np.where(shortfall(counts, objective) > 0, -np.inf, values)
-    return np.where(np.isnan(values), -np.inf, values)
+    return np.where((missing > 0) | np.isnan(good), -np.inf, good)
 
 
-def near(objective):
-    """A loss of the metric that is too small to care about."""
-    return NEAR * (max(objective.fp_cost, objective.fn_cost) if objective.metric == "cost" else 1)
-
-
-def choose(values):
+def middle_best(values):
     """Index of the best of ``values``, shape (T,); of equally good ones, the middle one."""
     tied = np.flatnonzero(values >= values.max() - TOLERANCE)
     return int(tied[(tied.size - 1) // 2])
 
 
-def run_around(mask, index):
-    """First and last index of the run of True in ``mask`` that holds ``index``."""
-    gaps = np.flatnonzero(~np.concatenate([[False], mask, [False]])) - 1
-    after = np.searchsorted(gaps, index)
-    return [gaps[after - 1] + 1, gaps[after] - 1]
-
-
-def find_best(counts, objective, where="the table", piece=1 << 17):
-    """Index of the best threshold that keeps the limits.
-
-    Raises
-    ------
-    UserError
-        If none does; the text gives the closest attainable.
-    """
-    # In pieces that fit the cache; only those that hold the best are looked at again.
-    pieces = [counts[i : i + piece] for i in range(0, counts.tp.size, piece)]
-    tops = np.array([eligible(part, objective).max() for part in pieces])
-    if np.isfinite(tops).any():
-        best = [i for i in range(len(pieces)) if tops[i] >= tops.max() - TOLERANCE]
-        values = np.concatenate([eligible(pieces[i], objective) for i in best])
-        place = choose(values)
-        return best[place // piece] * piece + place % piece
-    if np.isnan(goodness(counts, objective)).all():
-        raise UserError(f"{objective.metric} has no value at these scores: choose another --metric")
-    given = {limit: getattr(objective, limit) for limit in LIMITS}
-    given = [f"--{k.replace('_', '-')} {v:g}" for k, v in given.items() if v is not None]
-    closest = entry(counts, objective, int(shortfall(counts, objective).argmin()))
+def find_best(counts, objective, where):
+    """Index of the best threshold within the limits; if none is, an error names the closest."""
+    good, missing = goodness(counts, objective), shortfall(counts, objective)
+    values = eligible(good, missing)
+    if np.isfinite(values).any():
+        return middle_best(values)
+    if np.isnan(good).all():
+        raise UserError(f"{objective.metric} has no value at these scores: give another --metric")
+    given = [f"--{name.replace('_', '-')} {limit:g}" for name, limit in objective.limits.items()]
+    closest = counts[missing.argmin()]
+    rates = [f"{m} {measure(m, closest, objective):.4f}" for m in LIMITS.values()]
     raise UserError(
         f"no threshold of {where} satisfies {' and '.join(given)}; the closest is "
-        f"{closest['threshold']:.6g} with precision {closest['precision']:.4f}, recall "
-        f"{closest['recall']:.4f}, alert rate {closest['alert_rate']:.4f}: relax a limit"
+        f"{closest.threshold:.6g} with {', '.join(rates)}: relax a limit"
     )
 
 
-def entry(counts, objective, index):
-    """One threshold as plain values: its counts, every metric, the objective's value."""
-    one = counts[index : index + 1]
-    values = {metric: float(measure(metric, one, objective)[0]) for metric in METRICS}
-    return {
-        "threshold": float(one.threshold[0]),
-        **{key: int(np.ravel(getattr(one, key))[0]) for key in ("tp", "fp", "fn", "tn")},
-        **values,
-        "value": values[objective.metric],
-    }
+def range_around(chosen, values, loss, threshold):
+    """The run of thresholds around the chosen one whose values are within ``loss`` of it."""
+    gaps = np.flatnonzero(~np.pad(values >= values[chosen] - loss, 1))
+    after = np.searchsorted(gaps, chosen + 1)
+    return {"low": threshold[gaps[after - 1]], "high": threshold[gaps[after] - 2]}
 
 
-# -------------------------------------------------------------------- how sure
-
-
-def interval(draws, **how):
-    """95 % percentile interval over the first axis; shape (2, ...)."""
-    return np.quantile(draws, LEVELS, axis=0, **how)
-
-
-def bootstrap(cells, thresholds, objective, chosen, default, seed):
-    """Intervals from resampling all cases with replacement (Efron and Tibshirani 1993).
-
-    Drawing n rows with replacement is one multinomial draw over the cells of
-    the count table, whatever n is. The optimism of choosing and scoring on the
-    same cases is estimated as by Harrell, Lee and Mark (1996); taking it off the
-    gain's interval, too (Noma et al. 2021), keeps false claims of a gain below 5 %.
-
-    Parameters
-    ----------
-    cells : ndarray of int, shape (2, T + 1)
-    chosen, default : int
-        Indices of the threshold chosen on all cases, and of 0.5 (or None).
-
-    Returns
-    -------
-    dict
-        95 % intervals of the ``threshold`` (chosen anew in each replicate), of
-        the ``value`` of the chosen one and of its paired ``gain`` over 0.5;
-        ``optimism`` and ``gain_optimism``; ``bands``, (2, T) for each plotted
-        metric; the numbers of ``replicates`` used and ``dropped``.
-    """
-    rng = np.random.default_rng(derive_seed(seed, 1))
-    drawn = rng.multinomial(cells.sum(), cells.ravel() / cells.sum(), size=REPLICATES)
-    drawn = drawn.reshape(REPLICATES, *cells.shape)
-    drawn = drawn[(drawn.sum(-1) > 0).all(-1)]  # without one class there is no recall
-    counts = counts_at(drawn, thresholds)
-    values = eligible(counts, objective)
-    usable = np.isfinite(values).any(-1)  # a replicate may miss the limits everywhere
-    picks, rows = np.array([*map(choose, values[usable])]), np.arange(usable.sum())
-    here = goodness(counts, objective)[usable]
-    there = goodness(counts_at(cells, thresholds), objective)
-    # The chosen threshold's own excess is zero but for chance: less noise without it.
-    excess, sign = here - there, direction(objective)
-    result = {
-        "replicates": rows.size,
-        "dropped": REPLICATES - rows.size,
-        "threshold": interval(thresholds[picks], method="inverted_cdf"),
-        "value": np.sort(sign * interval(here[:, chosen])) + 0.0,  # never -0.0
-        "optimism": sign * (excess[rows, picks] - excess[:, chosen]).mean(),
-        "bands": {
-            metric: interval(measure(metric, counts, objective))
-            for metric in {*CURVES, objective.metric}
-        },
-    }
+def describe_choice(table, columns, objective, chosen, drawn):
+    """The chosen threshold with its intervals, beside 0.5 and the other metrics' choices."""
+    default, metric, missing = table.half, objective.metric, shortfall(table, objective)
+    best = row(columns, chosen, metric)
+    best["threshold_interval"] = drawn["threshold"]
+    best["value_interval"] = drawn["value"]
+    best["value_corrected"] = best["value"] - objective.sign * drawn["optimism"]
+    found = {m: eligible(METRICS[m].sign * columns[m], missing) for m in METRICS}
+    own = {m: row(columns, middle_best(v), m) for m, v in found.items() if np.isfinite(v).any()}
+    values = found[metric]
+    choice = {"best": best, "default": None, "gain": None}
     if default is not None:
-        result["gain"] = interval(here[:, chosen] - here[:, default])
-        result["gain_optimism"] = sign * result["optimism"]  # 0.5 was not chosen
-    return result
-
-
-def hold_out(cells, share, seed):
-    """Split the cases at random, by class, into a choosing and a scoring part.
-
-    From which cells a random split takes its cases is a multivariate
-    hypergeometric draw, so no row has to be touched.
-
-    Returns
-    -------
-    list of two ndarrays of int64, each (2, T + 1)
-        Choosing part, scoring part; both have cases of each class if each
-        class has at least two.
-    """
-    totals = cells.sum(-1)
-    sizes = np.clip(np.round(totals * share), 1, totals - 1).astype(int)
-    rng = np.random.default_rng(derive_seed(seed, 2))
-    scoring = np.array([
-        rng.multivariate_hypergeometric(row, size, method="marginals")
-        for row, size in zip(cells, sizes)
-    ])  # fmt: skip
-    return [cells - scoring, scoring]
-
-
-def check_holdout(cells, thresholds, objective, default, share, seed):
-    """What a threshold chosen on one part of the cases does on the other part."""
-    if cells.sum(-1).min() < 2:
-        return None
-    choosing, scoring = (counts_at(c, thresholds) for c in hold_out(cells, share, seed))
-    values = eligible(choosing, objective)
-    chosen = choose(values)
-    if not np.isfinite(values[chosen]):
-        return None
-    good = goodness(scoring, objective)
-    return entry(scoring, objective, chosen) | {
-        "share": share,
-        "n": int(scoring.n_positive[0] + scoring.n_negative[0]),
-        "value_where_chosen": entry(choosing, objective, chosen)["value"],
-        "gain": None if default is None else good[chosen] - good[default],
+        choice["default"] = row(columns, default, metric)
+        choice["gain"] = weigh_gain(best, choice["default"], values[default], objective, drawn)
+    return choice | {
+        "by_metric": {m: own.get(m) for m in METRICS},
+        "plateau": range_around(chosen, values, TOLERANCE, table.threshold),
+        "near_optimal": range_around(chosen, values, objective.small_loss, table.threshold),
     }
 
 
-# ----------------------------------------------------------------- calibration
-
-
-def calibration(labels, scores):
-    """Expected calibration error over ten equal-width bins (Naeini et al. 2015).
-
-    Returns
-    -------
-    dict
-        ``ece`` in [0, 1]; ``bins``: of each bin that holds a case its
-        ``count``, mean ``score`` and ``share`` of positives.
-    """
-    index = np.minimum((scores * BINS).astype(np.int8), BINS - 1)
-    count = np.bincount(index, minlength=BINS)
-    share, score = (
-        np.bincount(index, weights=values, minlength=BINS)[count > 0] / count[count > 0]
-        for values in (labels, scores)
-    )
-    count = count[count > 0]
-    ece = (count * abs(share - score)).sum() / count.sum()
-    return {"ece": ece, "bins": {"count": count, "score": score, "share": share}}
-
-
-def check_theory(distinct, best, objective):
-    """Where calibrated probabilities would have the optimum, and what using it loses.
-
-    F1: half the best F1 (Lipton, Elkan and Naryanaswamy 2014). Cost:
-    c_FP / (c_FP + c_FN) (Elkan 2001). None for the other metrics, under limits,
-    and at a class balance other than the one in which the scores were made.
-    """
-    expected = {
-        "f1": best["f1"] / 2,
-        "cost": objective.fp_cost / (objective.fp_cost + objective.fn_cost),
-    }.get(objective.metric if objective.prevalence is None and not has_limits(objective) else None)
-    if expected is None:
-        return {"expected_threshold": None, "expected_loss": None}
-    there = entry(counts_from(distinct, np.array([expected])), objective, 0)
-    loss = direction(objective) * (best["value"] - there["value"])
-    return {"expected_threshold": expected, "expected_loss": loss}
-
-
-# ----------------------------------------------------------- the whole analysis
-
-
-def analyse(labels, scores, objective, exact=False, share=0.5, seed=0):
-    """Every number of a run; nothing is printed, drawn or written.
-
-    Parameters
-    ----------
-    labels : ndarray of bool, shape (n,)
-    scores : ndarray of float, shape (n,)
-    exact : bool
-        Also search all distinct scores; needed for scores outside [0, 1].
-    share : float in (0, 1)
-        Share of the cases on which the choice of the others is scored.
-
-    Returns
-    -------
-    summary : dict
-        What summary.json holds, apart from the description of the input.
-    counts, distinct : Counts
-        At the thresholds of the table, and at every distinct score.
-    bands : dict of ndarray, shape (2, T)
-        95 % bootstrap band of each plotted metric.
-    """
-    probabilities = bool(scores.min() >= 0 and scores.max() <= 1)
-    if not (probabilities or exact):
-        raise UserError(
-            f"the scores run from {scores.min():.6g} to {scores.max():.6g}: give "
-            "probabilities in [0, 1], or add --exact for other scores"
-        )
-    objective = replace(objective, probabilities=probabilities)
-    distinct = count_distinct(labels, scores)
-    thresholds = GRID if probabilities else quantiles(distinct)
-    default = int(np.searchsorted(GRID, 0.5)) if probabilities else None
-    cells = (
-        count_cells(labels, scores) if probabilities
-        else cells_from(counts_from(distinct, thresholds))
-    )  # fmt: skip
-    counts = counts_at(cells, thresholds)
-    if exact and not np.isfinite(eligible(counts, objective)).any():
-        index = find_best(distinct, objective, "all distinct scores")  # or says that none does
-        raise UserError(
-            f"no threshold of the table keeps the limits, but {distinct.threshold[index]:.9g} "
-            "among the scores does: relax a limit, or use that one"
-        )
-    chosen = find_best(counts, objective)
-    sure = bootstrap(cells, thresholds, objective, chosen, default, seed)
-    summary = {
-        "n": int(cells.sum()),
-        "n_positive": int(cells[1].sum()),
-        **asdict(objective),
-        **areas(distinct, objective),
-        **describe_choice(counts, objective, chosen, default, sure),
-        "holdout": check_holdout(cells, thresholds, objective, default, share, seed),
-        "exact": None,
-        "calibration": None,
-        "balances": other_balances(counts, default),
+def weigh_gain(best, default, eligible_value, objective, drawn):
+    """What the choice gains over 0.5, and whether that pays: None if 0.5 breaks a limit."""
+    value = objective.sign * (best["value"] - default["value"])
+    corrected, interval = value - drawn["optimism"], drawn["gain"] - drawn["optimism"]
+    verdict = "pays" if corrected > objective.small_loss else "does_not_pay"
+    if interval[0] <= 0:
+        verdict = "cannot_tell" if value > TOLERANCE else "does_not_pay"
+    keeps_limits = bool(np.isfinite(eligible_value))
+    return {
+        "value": value,
+        "interval": drawn["gain"],
+        "corrected": corrected,
+        "corrected_interval": interval,
+        "default_keeps_limits": keeps_limits,
+        "verdict": verdict if keeps_limits else None,
     }
-    if exact:
-        summary["exact"] = exact_optimum(distinct, summary["best"], objective)
-    if probabilities:
-        theory = check_theory(distinct, summary["best"], objective)
-        summary["calibration"] = calibration(labels, scores) | theory
-    return summary, counts, distinct, sure["bands"]
 
 
-def exact_optimum(distinct, best, objective):
+def describe_exact(every, index, best, objective):
     """The best of all distinct scores, and what keeping to the table costs."""
-    found = entry(distinct, objective, find_best(distinct, objective, "all distinct scores"))
-    loss = direction(objective) * (found["value"] - best["value"])
+    found = row(tabulate(every[[index]], objective), 0, objective.metric)
+    loss = objective.sign * (found["value"] - best["value"])
     # Net benefit falls with the threshold itself, so one between two scores can win.
     return (best if loss < 0 else found) | {"grid_loss": max(loss, 0.0)}
 
 
-def quantiles(distinct):
-    """81 scores that cut the cases into equal parts, from the lowest score on."""
-    reaching = distinct.tp + distinct.fp  # falls from n to 0
-    wanted = reaching[0] * (1 - np.arange(GRID.size) / GRID.size)
-    return distinct.threshold[np.searchsorted(-reaching, -wanted, side="right") - 1]
+def headline(result):
+    """The result in a few words: value, default, difference, uncertainty."""
+    gain, share = result.summary["gain"], result.objective.prevalence
+    verdicts = {
+        "pays": "worth having.",
+        "does_not_pay": "too small to leave 0.5 for.",
+        "cannot_tell": "not certain; keep 0.5 unless the errors have unequal costs.",
+    }
+    text = "Best threshold for {name}{where}: {best[threshold]:.4g}, with {best[value]:.4f} (95 % "
+    text += "interval {best[value_interval][0]:.4f} to {best[value_interval][1]:.4f}). "
+    if gain is None:
+        text += "Scores outside [0, 1] have no default threshold to compare with."
+    elif gain["verdict"] is None:
+        text += "The default 0.5 has {default[value]:.4f}, but breaks a limit."
+    else:
+        text += (
+            "The default 0.5 has {default[value]:.4f}. Corrected for the optimism of choosing and "
+            "scoring on the same cases, the gain is {gain[corrected]:+.4f} (95 % interval "
+            "{gain[corrected_interval][0]:+.4f} to {gain[corrected_interval][1]:+.4f}): "
+        ) + verdicts[gain["verdict"]]
+    where = f" where {100 * share:.4g} % of the cases are positive" if share else ""
+    return result.fill(text, where=where)
 
 
-def areas(distinct, objective):
-    """Areas under the ROC curve (trapezoids) and the precision-recall curve (steps)."""
-    recall, precision = (measure(m, distinct, objective) for m in ("recall", "precision"))
+def tell_choice(result):
+    """The headline, the choices of some metrics, and the counts behind the best one."""
+    summary, metric = result.summary, result.objective.metric
+    yield headline(result)
+    yield "  best for           threshold   value  precision  recall  specificity"
+    line = "{threshold:>10.4g}{value:>8.3f}{precision:>11.3f}{recall:>8.3f}{specificity:>13.3f}"
+    for own in dict.fromkeys([metric, "f1", "youden_j", "balanced_accuracy"]):
+        yield f"  {METRICS[own].name:<18}" + line.format(**summary["by_metric"][own])
+    yield (
+        "F1 is for when only the positives matter, Youden's J and balanced accuracy for when both "
+        "classes matter equally, cost and net benefit for errors that have a price."
+    )
+    yield result.fill(
+        "At {best[threshold]:.4g}: {best[tp]:,} hits, {best[fp]:,} false alarms, {best[fn]:,} "
+        "misses, {best[tn]:,} correct rejections. At any threshold: ROC AUC {roc_auc:.4f}, "
+        "average precision {average_precision:.4f}."
+    )
+    if np.isin(result.table.threshold[[0, -1]], [*summary["plateau"].values()]).any():
+        yield "The best range reaches the end of the table; --exact searches beyond it."
+    if metric == "net_benefit":
+        yield "Net benefit compares models, not thresholds: each weighs the errors differently."
+    if summary["exact"]:
+        yield result.fill(
+            "Of all distinct scores {exact[threshold]:.9g} is best with {exact[value]:.6f} (hits: "
+            "{exact[tp]:,}, false alarms: {exact[fp]:,}); the table loses {exact[grid_loss]:.6f}."
+        )
+
+
+# %% 3. What moving the threshold does
+def tell_trade_off(result):
+    """The choice, and ten rows of the table down and up from it: 0.1 on the grid."""
+    last, chosen = result.table.threshold.size - 1, result.chosen
+    yield "  threshold  precision  recall  false alarms    misses"
+    line = "  {threshold:>9.4g}{precision:>11.3f}{recall:>8.3f}{fp:>14,}{fn:>10,}"
+    for index in sorted({max(chosen - 10, 0), chosen, min(chosen + 10, last)}):
+        yield line.format(**row(result.columns, index, result.objective.metric))
+
+
+# %% 4. How certain this is
+def resample(cells, seed):
+    """Cells (2, T + 1) of up to REPLICATES resamples of the cases; shape (R, 2, T + 1).
+
+    Drawing n cases with replacement is one multinomial draw over the cells, whatever n is.
+    Without one class there is no recall: such resamples are left out.
+    """
+    rng = np.random.default_rng(utils.derive_seed(seed, 1))
+    drawn = rng.multinomial(cells.sum(), cells.ravel() / cells.sum(), size=REPLICATES)
+    drawn = drawn.reshape(REPLICATES, *cells.shape)
+    return drawn[(drawn.sum(-1) > 0).all(-1)]
+
+
+def bootstrap(table, objective, chosen, seed):
+    """Intervals from resampling all cases with replacement (Efron and Tibshirani 1993).
+
+    The optimism of choosing and scoring on the same cases is estimated as by Harrell, Lee
+    and Mark (1996); taking it off the gain's interval, too (Noma et al. 2021), keeps false
+    claims of a gain below 5 %. The dict holds 95 % intervals of the ``threshold`` (chosen
+    again in each replicate), of the ``value`` at index ``chosen`` and of its paired ``gain``
+    over 0.5; ``optimism``, in the direction of better; ``bands``, (2, T) for each metric drawn.
+    """
+    counts, half = table.redrawn(resample(table.cells(), seed)), table.half
+    good = goodness(counts, objective)
+    values = eligible(good, shortfall(counts, objective))
+    usable = np.isfinite(values).any(-1)  # a replicate may miss the limits everywhere
+    good, picks = good[usable], np.array([*map(middle_best, values[usable])])
+    # The chosen threshold's own excess is zero but for chance: less noise without it.
+    excess = good - goodness(table, objective)
+    drawn = {*CURVES, *COMPARED, objective.metric}
     return {
-        "roc_auc": abs(np.trapezoid(recall, distinct.fp / distinct.n_negative)),
-        "average_precision": -np.diff(recall) @ precision[:-1],
+        "replicates": picks.size,
+        "dropped": REPLICATES - picks.size,
+        "threshold": np.quantile(table.threshold[picks], LEVELS, method="inverted_cdf"),
+        "value": np.sort(objective.sign * np.quantile(good[:, chosen], LEVELS)) + 0.0,  # no -0.0
+        "gain": None if half is None else np.quantile(good[:, chosen] - good[:, half], LEVELS),
+        "optimism": (excess[np.arange(picks.size), picks] - excess[:, chosen]).mean(),
+        "bands": {m: np.quantile(measure(m, counts, objective), LEVELS, axis=0) for m in drawn},
     }
 
 
-def describe_choice(counts, objective, chosen, default, sure):
-    """The chosen threshold with its intervals, beside 0.5 and the other metrics' choices."""
-    values, good = eligible(counts, objective), goodness(counts, objective)
-    best = entry(counts, objective, chosen)
-    ranges = {
-        name: counts.threshold[run_around(values >= values[chosen] - loss, chosen)]
-        for name, loss in (("plateau", TOLERANCE), ("near_optimal", near(objective)))
+def hold_out(cells, share, seed):
+    """Split the cells at random, by class, into a choosing and a scoring part; (2, T + 1) each."""
+    totals = cells.sum(-1)
+    sizes = np.clip(np.round(totals * share), 1, totals - 1).astype(int)
+    draw = np.random.default_rng(utils.derive_seed(seed, 2)).multivariate_hypergeometric
+    # From which cells such a split takes its cases is a multivariate hypergeometric draw.
+    scoring = np.array([draw(part, size, method="marginals") for part, size in zip(cells, sizes)])
+    return cells - scoring, scoring
+
+
+def check_holdout(table, objective, share, seed):
+    """What a threshold chosen on one part of the cases does on the other; None if too few."""
+    cells, default = table.cells(), table.half
+    if cells.sum(-1).min() < 2:
+        return None
+    choosing, scoring = (table.redrawn(part) for part in hold_out(cells, share, seed))
+    values = eligible(goodness(choosing, objective), shortfall(choosing, objective))
+    chosen, good = middle_best(values), goodness(scoring, objective)
+    if not np.isfinite(values[chosen]):
+        return None
+    return row(tabulate(scoring[[chosen]], objective), 0, objective.metric) | {
+        "share": share,
+        "n": scoring.n.item(),
+        "value_where_chosen": objective.sign * values[chosen],
+        "gain": None if default is None else good[chosen] - good[default],
     }
-    others = {metric: replace(objective, metric=metric) for metric in METRICS}
-    found = {m: eligible(counts, other) for m, other in others.items()}
-    return {
-        "best": best | {
-            "threshold_interval": sure["threshold"],
-            "value_interval": sure["value"],
-            "value_corrected": best["value"] - sure["optimism"],
-        },
-        "default": None if default is None else entry(counts, objective, default),
-        "gain": None if default is None else {
-            "value": good[chosen] - good[default],
-            "interval": sure["gain"],
-            "corrected": good[chosen] - good[default] - sure["gain_optimism"],
-            "corrected_interval": sure["gain"] - sure["gain_optimism"],
-            "default_keeps_limits": bool(np.isfinite(values[default])),
-        },
-        "by_metric": {
-            m: entry(counts, others[m], choose(v)) if np.isfinite(v).any() else None
-            for m, v in found.items()
-        },
-        **{name: {"low": low, "high": high} for name, (low, high) in ranges.items()},
-        "constraints": {limit: getattr(objective, limit) for limit in LIMITS},
-        "bootstrap": {key: sure[key] for key in ("replicates", "dropped")},
-    }  # fmt: skip
 
 
-def other_balances(counts, default):
+def tell_certainty(result):
+    """How far the threshold and its value may be off."""
+    best, held, gain = (result.summary[key] for key in ("best", "holdout", "gain"))
+    yield result.fill(
+        "Chosen again on {bootstrap[replicates]:,} resamples of the cases, the threshold lies "
+        "between {best[threshold_interval][0]:.4g} and {best[threshold_interval][1]:.4g} (95 %). "
+        "From {near_optimal[low]:.4g} to {near_optimal[high]:.4g} the value is within "
+        "{small_loss:g} of the best. Corrected for optimism it is {best[value_corrected]:.4f}."
+    )
+    if result.summary["bootstrap"]["dropped"]:
+        yield result.fill("{bootstrap[dropped]:,} more resamples had no usable threshold.")
+    if np.ptp(best["threshold_interval"]) > 0.1:
+        yield "That is a wide range for the threshold: label more cases to narrow it."
+    if held is None:
+        yield "There are too few cases to choose on one part and score on the other."
+        return
+    yield result.fill(
+        "Chosen on one part of the cases ({holdout[threshold]:.4g}, value "
+        "{holdout[value_where_chosen]:.4f}) and scored on the other {holdout[n]:,}: "
+        "{holdout[value]:.4f}{over}.",
+        over=f", {held['gain']:+.4f} over 0.5" if gain and gain["verdict"] else "",
+    )
+
+
+# %% 5. Are the scores probabilities?
+def calibration(labels, scores):
+    """Expected calibration error over ten equal-width bins (Naeini et al. 2015), and the bins."""
+    index = np.minimum((scores * BINS).astype(np.int8), BINS - 1)
+    count, positive, total = (np.bincount(index, weights=w) for w in (None, labels, scores))
+    held = count > 0
+    count, share, score = count[held], positive[held] / count[held], total[held] / count[held]
+    ece = (count * abs(share - score)).sum() / count.sum()
+    return {"ece": ece, "bins": {"count": count, "score": score, "share": share}}
+
+
+def check_theory(every, best, objective):
+    """Where calibrated probabilities would have the optimum, and what using it loses.
+
+    F1: half the best F1 (Lipton, Elkan and Naryanaswamy 2014). Cost: c_FP / (c_FP + c_FN)
+    (Elkan 2001). None for other metrics, under limits, and at another prevalence.
+    """
+    costs = objective.fp_cost + objective.fn_cost
+    expected = {"f1": best["f1"] / 2, "cost": objective.fp_cost / costs}.get(objective.metric)
+    if expected is None or objective.limits or objective.prevalence is not None:
+        return {"expected_threshold": None, "expected_loss": None}
+    loss = objective.sign * best["value"] - goodness(every.at([expected]), objective)[0]
+    return {"expected_threshold": expected, "expected_loss": loss}
+
+
+def tell_calibration(result):
+    """The calibration error, and what the theory of true probabilities says here."""
+    found, objective = result.summary["calibration"], result.objective
+    if found is None:
+        yield "No: they lie outside [0, 1]."
+        return
+    yield result.fill("On average they are off by {calibration[ece]:.3f} (calibration error).")
+    if found["ece"] > 0.05:
+        yield "Calibrate them on held-out cases (Platt scaling, isotonic regression)."
+    if found["expected_threshold"] is not None:
+        close = found["expected_loss"] <= objective.small_loss
+        yield result.fill(
+            "The best threshold of true probabilities would be {rule} = {calibration"
+            "[expected_threshold]:.3f}; here that loses {calibration[expected_loss]:.4f}, {so}.",
+            rule="half the best F1" if objective.metric == "f1" else "c_FP / (c_FP + c_FN)",
+            so="close enough" if close else "so these are not calibrated",
+        )
+
+
+# %% 6. Other class balances
+def other_balances(table):
     """Best threshold, F1 there and F1 at 0.5 if other shares of cases were positive."""
-    rows = []
+    default, rows = table.half, []
     for share in BALANCES:
-        values = measure("f1", counts, Objective(prevalence=share))
-        best = choose(values)
-        rows.append({
-            "prevalence": share, "threshold": counts.threshold[best], "f1": values[best],
-            "f1_at_default": None if default is None else values[default],
-        })  # fmt: skip
+        f1 = measure("f1", table, Objective(prevalence=share))
+        best, plain = middle_best(f1), None if default is None else f1[default]
+        found = {"prevalence": share, "threshold": table.threshold[best], "f1": f1[best]}
+        rows.append(found | {"f1_at_default": plain})
     return rows
 
 
-# ------------------------------------------------------------------------- plots
-
-CURVES = {
-    "precision": (BLUE, "--"), "recall": (ORANGE, "-."), "f1": (BLACK, "-"),
-    "youden_j": (GREEN, "--"), "balanced_accuracy": (PURPLE, "-."), "mcc": (SKY, ":"),
-}  # fmt: skip
-
-
-def plot_all(plt, summary, objective, counts, distinct, bands):
-    """The figures of a run by file name; curves are thinned after all is computed."""
-    from sklearn.metrics import PrecisionRecallDisplay, RocCurveDisplay
-
-    thin = distinct[np.unique(np.linspace(0, distinct.tp.size - 1, 2000).astype(int))]
-    recall, precision, specificity = (
-        measure(m, thin, objective) for m in ("recall", "precision", "specificity")
-    )
-    precision[-1] = 1  # where nobody is predicted, no alert is wrong
-    roc = RocCurveDisplay(fpr=1 - specificity, tpr=recall, roc_auc=summary["roc_auc"])
-    pr = PrecisionRecallDisplay(
-        precision, recall, average_precision=summary["average_precision"],
-        prevalence_pos_label=objective.prevalence or summary["n_positive"] / summary["n"],
-    )  # fmt: skip
-    best, own, metric = summary["best"], summary["by_metric"], objective.metric
-    mark = f"chosen {best['threshold']:.3g} ({name_of(metric)} {best['value']:.3f})"
-    low, high = summary["near_optimal"].values()
-    compared = [*dict.fromkeys(["f1", "youden_j", "balanced_accuracy", "mcc", metric])]
-    figures = {
-        "01_precision_recall_f1_vs_threshold": plot_thresholds(
-            plt, objective, counts, bands, best, mark,
-            {m: best for m in ("precision", "recall", "f1")},
-            f"From {low:.3g} to {high:.3g}, {name_of(metric)} is within {near(objective):g} "
-            f"of its best{' within the limits' * has_limits(objective)}",
-        ),
-        "02_precision_recall_curve": plot_curve(
-            plt, pr, (best["recall"], best["precision"]), mark, "precision-recall",
-            f"At recall {best['recall']:.3f}, {best['precision']:.1%} of the alerts are right",
-            xlabel="recall", ylabel="precision",
-        ),
-        "03_roc_curve": plot_curve(
-            plt, roc, (1 - best["specificity"], best["recall"]), mark, "ROC",
-            f"A positive outscores a negative in {summary['roc_auc']:.1%} of pairs (AUC)",
-            xlabel="false positive rate", ylabel="true positive rate (recall)",
-        ),
-        "04_metric_comparison": plot_thresholds(
-            plt, objective, counts, bands, best, mark, {m: own[m] for m in compared},
-            "The best thresholds of these metrics (dots) lie from "
-            f"{min(own[m]['threshold'] for m in compared):.3g} to "
-            f"{max(own[m]['threshold'] for m in compared):.3g}",
-        ),
-    }  # fmt: skip
-    if summary["calibration"]:
-        figures["05_reliability"] = plot_reliability(plt, summary["calibration"])
-    return figures
+def tell_balances(result):
+    """One row for each share of positives."""
+    yield "  positives  threshold  best F1  F1 at 0.5"
+    line = "  {prevalence:>9.0%}{threshold:>11.4g}{f1:>9.3f}{plain:>11}"
+    for found in result.summary["balances"]:
+        plain = "-" if found["f1_at_default"] is None else f"{found['f1_at_default']:.3f}"
+        yield line.format(plain=plain, **found)
 
 
-def plot_thresholds(plt, objective, counts, bands, best, mark, points, title):
+# %% 7. What the errors suggest
+def dominant_error(chosen, objective):
+    """Which error outweighs the other by half: "false_alarms", "misses" or None."""
+    chosen, by_cost = chosen.at_prevalence(objective.prevalence), objective.metric == "cost"
+    fp_cost, fn_cost = (objective.fp_cost, objective.fn_cost) if by_cost else (1, 1)
+    alarms, misses = chosen.fp.item() * fp_cost, chosen.fn.item() * fn_cost
+    if alarms > 1.5 * misses:
+        return "false_alarms"
+    return "misses" if misses > 1.5 * alarms else None
+
+
+def tell_suggestions(result):
+    """What to try next, from this run's false positives and false negatives."""
+    advice = {
+        "false_alarms": "False alarms ({best[fp]:,}) outweigh misses ({best[fn]:,}){weighed}: "
+        "try --min-precision {precision:.2f}, or a higher --fp-cost with --metric cost, and look "
+        "for wrong labels among the highest-scoring negatives.",
+        "misses": "Misses ({best[fn]:,}) outweigh false alarms ({best[fp]:,}){weighed}: try "
+        "--min-recall {recall:.2f}, or a higher --fn-cost with --metric cost, and look for a "
+        "missing feature in the lowest-scoring positives.",
+        None: "False alarms ({best[fp]:,}) and misses ({best[fn]:,}) are in balance{weighed}: no "
+        "threshold removes one kind without adding the other; only better scores do.",
+    }[result.summary["dominant_error"]]
+    best, objective = result.summary["best"], result.objective
+    weighed = " by cost" * (objective.metric == "cost")
+    weighed += " at this prevalence" * (objective.prevalence is not None)
+    halfway = {metric: (1 + best[metric]) / 2 for metric in ("precision", "recall")}
+    yield result.fill(advice, weighed=weighed, **halfway)
+
+
+# %% 8. Files and figures
+def save(result, folder):
+    """Write the table, the summary and, if they were simulated, the scores."""
+    utils.write_csv(folder / "thresholds.csv", result.columns)
+    utils.write_json(folder / "summary.json", result.summary)
+    say("  thresholds.csv", "  summary.json")
+    if result.summary["scenario"]:
+        cases = {"y_true": result.labels.astype(int), "y_score": result.scores}
+        utils.write_csv(folder / "scores.csv", cases)
+        say("  scores.csv")
+
+
+def draw(result, folder, show):
+    """Draw, save and perhaps show each of the FIGURES that this result has."""
+    plt = utils.load_pyplot(show)
+    for name, plot in FIGURES.items():
+        if figure := plot(plt, result):
+            columns = int(figure.get_figwidth() / 2.5)  # below the axes it hides no curve
+            figure.legend(loc="outside lower center", ncols=columns, fontsize=9)
+            utils.save_figure(figure, folder / name)
+            say(f"  {name}")
+    utils.finish_figures(plt, show)
+
+
+CURVES = ("precision", "recall", "f1")  # of the first figure
+COMPARED = ("f1", "youden_j", "balanced_accuracy", "mcc")  # of the fourth
+CHOSEN = "chosen {best[threshold]:.3g} ({name} {best[value]:.3f})"
+SQUARE = {"xlim": (-0.01, 1.01), "ylim": (-0.01, 1.01), "aspect": "equal"}
+
+
+def plot_metrics(plt, result):
+    """Precision, recall and F1 against the threshold."""
+    points = dict.fromkeys(CURVES, result.summary["best"])
+    title = "From {near_optimal[low]:.3g} to {near_optimal[high]:.3g}, {name} is within "
+    title += "{small_loss:g} of its best" + " within the limits" * bool(result.objective.limits)
+    return plot_thresholds(plt, result, points, result.fill(title))
+
+
+def plot_comparison(plt, result):
+    """The metrics that people choose by, and the best threshold of each."""
+    metrics = dict.fromkeys([*COMPARED, result.objective.metric])
+    points = {metric: result.summary["by_metric"][metric] for metric in metrics}
+    places = [point["threshold"] for point in points.values()]
+    title = "The best thresholds of these metrics (dots) lie from {:.3g} to {:.3g}"
+    return plot_thresholds(plt, result, points, title.format(min(places), max(places)))
+
+
+def plot_thresholds(plt, result, points, title):
     """Metrics against the threshold with 95 % bands and the dots given in ``points``."""
+    x, best = result.table.threshold, result.summary["best"]["threshold"]
     figure, axes = plt.subplots()
     for metric, point in points.items():
-        color, style = CURVES.get(metric, (RED, "-"))
+        color, style = METRICS[metric].style
         scale = axes.twinx() if metric == "cost" else axes  # money has its own axis
-        values = measure(metric, counts, objective)
-        scale.plot(counts.threshold, values, style, color=color)
-        scale.fill_between(counts.threshold, *bands[metric], color=color, alpha=0.15, lw=0)
+        scale.plot(x, result.columns[metric], style, color=color)
+        scale.fill_between(x, *result.bands[metric], color=color, alpha=0.15, lw=0)
         scale.plot(point["threshold"], point[metric], "o", color=color)
-        axes.plot([], [], style, color=color, label=name_of(metric))
+        axes.plot([], [], style, color=color, label=METRICS[metric].name)
         if metric == "cost":
             scale.set_ylabel("cost per case", color=color)
-    axes.axvline(best["threshold"], color=RED, lw=1, label=mark)
-    if objective.probabilities:
+    axes.axvline(best, color=RED, lw=1, label=result.fill(CHOSEN))
+    if result.table.probabilities:
         axes.axvline(0.5, color="gray", lw=1.5, ls=":", label="default 0.5")
     axes.set(xlabel="threshold", ylabel="value, with 95 % bootstrap band", title=title)
-    axes.legend(fontsize=9, frameon=True, framealpha=0.9, edgecolor="white")
     return figure
 
 
-def plot_curve(plt, display, point, mark, name, title, **labels):
-    """A curve with its area, chance, and the chosen point."""
+def plot_precision_recall(plt, result):
+    """Precision against recall, with the chosen point."""
+    best, objective = result.summary["best"], result.objective
+    recall, precision = (measure(m, result.curve, objective) for m in ("recall", "precision"))
+    precision[-1] = 1  # where nobody is called positive, no alert is wrong
+    chance = precision[0]  # where everybody is
     figure, axes = plt.subplots(figsize=(6.4, 6))
-    display.plot(axes, name=name, curve_kwargs={"color": BLUE}, plot_chance_level=True,
-                 chance_level_kw={"color": "gray"})  # fmt: skip
-    axes.plot(*point, "o", color=RED, label=mark)
-    axes.set(title=title, **labels)
-    axes.legend(loc="lower center", fontsize=9)
+    label = result.fill("precision-recall (AP = {average_precision:.2f})")
+    axes.plot(recall, precision, color=BLUE, drawstyle="steps-post", label=label)
+    axes.axhline(chance, ls="--", color="gray", label=f"chance level (AP = {chance:.2f})")
+    axes.plot(best["recall"], best["precision"], "o", color=RED, label=result.fill(CHOSEN))
+    title = "At recall {best[recall]:.3f}, {best[precision]:.1%} of the alerts are right"
+    axes.set(xlabel="recall", ylabel="precision", title=result.fill(title), **SQUARE)
     return figure
 
 
-def plot_reliability(plt, found):
+def plot_roc(plt, result):
+    """True against false positive rate, with the chosen point."""
+    best, curve = result.summary["best"], result.curve
+    figure, axes = plt.subplots(figsize=(6.4, 6))
+    axes.plot(curve.fpr, curve.tpr, color=BLUE, label=result.fill("ROC (AUC = {roc_auc:.2f})"))
+    axes.plot([0, 1], [0, 1], "--", color="gray", label="chance level (AUC = 0.5)")
+    axes.plot(1 - best["specificity"], best["recall"], "o", color=RED, label=result.fill(CHOSEN))
+    axes.set(xlabel="false positive rate", ylabel="true positive rate (recall)", **SQUARE)
+    axes.set_title(result.fill("A positive outscores a negative in {roc_auc:.1%} of pairs (AUC)"))
+    return figure
+
+
+def plot_reliability(plt, result):
     """Share of positives against the mean score, above the number of cases."""
-    figure, (axes, below) = plt.subplots(
-        2, sharex=True, figsize=(6.4, 6), height_ratios=(3, 1)
-    )
-    bins = found["bins"]
+    if result.summary["calibration"] is None:
+        return None
+    bins = result.summary["calibration"]["bins"]
+    figure, (axes, below) = plt.subplots(2, sharex=True, figsize=(6.4, 6), height_ratios=(3, 1))
     axes.plot([0, 1], [0, 1], ":", color="gray", label="perfectly calibrated")
     axes.plot(bins["score"], bins["share"], "o-", color=BLUE, label="these scores")
-    axes.set(ylabel="share of positives",
-             title=f"As probabilities, the scores are off by {found['ece']:.3f} on average")  # fmt: skip
-    axes.legend(fontsize=9)
+    title = "As probabilities, the scores are off by {calibration[ece]:.3f} on average"
+    axes.set(ylabel="share of positives", title=result.fill(title))
     below.bar(bins["score"], bins["count"], width=0.06, color=SKY)
     below.set(xlabel="mean score of the cases in each tenth", ylabel="cases", xlim=(0, 1))
     return figure
 
 
-# --------------------------------------------------------------------- narration
+FIGURES = {
+    "01_precision_recall_f1_vs_threshold.png": plot_metrics,
+    "02_precision_recall_curve.png": plot_precision_recall,
+    "03_roc_curve.png": plot_roc,
+    "04_metric_comparison.png": plot_comparison,
+    "05_reliability.png": plot_reliability,
+}
 
 
-def narrate(summary, objective, counts):
-    """Tell the story of a run in numbered steps, every number from its summary."""
-    story = {
-        "The best threshold": tell_choice(summary, objective, counts),
-        "What moving the threshold does": tell_trade_off(counts, objective, summary["best"]),
-        "How sure this is": tell_certainty(summary, objective),
-        "Are the scores probabilities?": tell_calibration(summary, objective),
-        "Which metric when": [
-            "F1 when only the positives matter and both errors weigh alike; Youden's J or "
-            "balanced accuracy when both classes matter alike whatever their sizes; cost or "
-            "net benefit when you can price the errors; --min-precision or --min-recall when "
-            "one of them is promised."
-        ],
-        "If another share of the cases were positive (F1, no limits)": tell_balances(summary),
-        "What the errors of this run suggest": suggestions(summary),
-    }
-    for step, (title, lines) in enumerate(story.items(), 2):
-        say("", f"{step}. {title}")
-        for line in lines:
-            tell(line)
-
-
-def headline(summary, objective):
-    """The result in a few words: value, default, difference, uncertainty."""
-    best, default, gain = summary["best"], summary["default"], summary["gain"]
-    low, high = best["value_interval"]
-    text = f"With {objective.prevalence:.4g} positive: " if objective.prevalence else ""
-    text += (
-        f"{name_of(objective.metric)} is best at {best['threshold']:.4g}: {best['value']:.4f} "
-        f"(95 % interval {low:.4f} to {high:.4f}). "
-    )
-    if default is None:
-        return text + "Scores outside [0, 1] have no default threshold to compare with."
-    text += f"At the default 0.5 it is {default['value']:.4f}. "
-    if not gain["default_keeps_limits"]:
-        return text + "But the default breaks a limit."
-    if gain["value"] <= TOLERANCE:
-        return text + "Nothing is to be gained over the default."
-    low, high = gain["corrected_interval"]
-    text += (
-        f"Corrected for the optimism of choosing and scoring on the same cases, the gain is "
-        f"{gain['corrected']:+.4f} (95 % interval {low:+.4f} to {high:+.4f}): "
-    )
-    if not is_real(gain):
-        return text + "it cannot be told from zero, so keep 0.5."
-    return text + ("worth having." if gain["corrected"] > near(objective) else "real, but small.")
-
-
-def is_real(gain):
-    """Whether the gain over 0.5 can be told from zero."""
-    return gain["corrected_interval"][0] > 0
-
-
-def tell_choice(summary, objective, counts):
-    yield headline(summary, objective)
-    yield "  best for           threshold    value  precision  recall  specificity"
-    for metric in dict.fromkeys([objective.metric, "f1", "youden_j", "balanced_accuracy"]):
-        e = summary["by_metric"][metric]
-        yield (
-            f"  {name_of(metric):<18} {e['threshold']:>9.4g} {e['value']:>8.3f} "
-            f"{e['precision']:>10.3f} {e['recall']:>7.3f} {e['specificity']:>12.3f}"
-        )
-    best, exact = summary["best"], summary["exact"]
-    yield (
-        f"At {best['threshold']:.4g}: {best['tp']:,} hits, {best['fp']:,} false alarms, "
-        f"{best['fn']:,} misses, {best['tn']:,} correct rejections. Whatever the threshold: "
-        f"ROC AUC {summary['roc_auc']:.4f}, average precision "
-        f"{summary['average_precision']:.4f}."
-    )
-    equal = summary["plateau"]
-    if equal["low"] == counts.threshold[0] or equal["high"] == counts.threshold[-1]:
-        yield "It is as good up to the edge of the table: --exact looks beyond it."
-    if objective.metric == "net_benefit":
-        yield (
-            "Net benefit weighs false alarms by the odds of the threshold, so its values at "
-            "two thresholds answer two questions: compare models with it, not thresholds."
-        )
-    if exact:
-        nobody = ", which predicts nobody" * (exact["tp"] + exact["fp"] == 0)
-        yield (
-            f"Of all distinct scores {exact['threshold']:.9g}{nobody} is best with "
-            f"{exact['value']:.6f}; keeping to the table costs {exact['grid_loss']:.6f}."
-        )
-
-
-def tell_trade_off(counts, objective, best):
-    """0.1 to either side of the grid's choice, or ten rows of a table of quantiles."""
-    here = int(np.searchsorted(counts.threshold, best["threshold"]))
-    for index in sorted({max(here - 10, 0), min(here + 10, GRID.size - 1)} - {here}):
-        e = entry(counts, objective, index)
-        yield (
-            f"{'Down' if index < here else 'Up'} to {e['threshold']:.4g}: precision "
-            f"{best['precision']:.3f} -> {e['precision']:.3f}, recall {best['recall']:.3f} -> "
-            f"{e['recall']:.3f}; {e['fp'] - best['fp']:+,} false alarms, "
-            f"{e['fn'] - best['fn']:+,} misses."
-        )
-
-
-def tell_certainty(summary, objective):
-    best, drawn, held = summary["best"], summary["bootstrap"], summary["holdout"]
-    gain = summary["gain"]
-    (low, high), good = best["threshold_interval"], summary["near_optimal"]
-    yield (
-        f"Chosen anew on {drawn['replicates']:,} resamples of the cases, the threshold lies "
-        f"from {low:.4g} to {high:.4g} (95 %). From {good['low']:.4g} to {good['high']:.4g} "
-        f"the value is within {near(objective):g} of the best. Corrected for optimism it is "
-        f"{best['value_corrected']:.4f}."
-    )
-    if drawn["dropped"]:
-        yield f"{drawn['dropped']} resamples without a usable threshold were left out."
-    if held is None:
-        yield "There are too few cases to choose on one part and score on the other."
-        return
-    yield (
-        f"Chosen on one part of the cases ({held['threshold']:.4g}, value "
-        f"{held['value_where_chosen']:.4f}) and scored on the other {held['n']:,}: "
-        f"{held['value']:.4f}"
-        + (f", {held['gain']:+.4f} over 0.5." if gain and gain["default_keeps_limits"] else ".")
-    )
-
-
-def tell_calibration(summary, objective):
-    """The calibration error, and what the theory of true probabilities says here."""
-    found, best = summary["calibration"], summary["best"]
-    if found is None:
-        yield "No: they lie outside [0, 1]."
-        return
-    yield f"On average they are off by {found['ece']:.3f} (expected calibration error)."
-    if found["expected_threshold"] is not None:
-        rule = "half the best F1" if objective.metric == "f1" else "c_FP / (c_FP + c_FN)"
-        verdict = (
-            "close enough." if found["expected_loss"] <= near(objective) else
-            "so they are not calibrated: do not read them as probabilities, or recalibrate."
-        )  # fmt: skip
-        yield (
-            f"True probabilities would have their best threshold at {rule} = "
-            f"{found['expected_threshold']:.3f}; here that loses {found['expected_loss']:.4f} "
-            f"against {best['threshold']:.4g}, {verdict}"
-        )
-
-
-def tell_balances(summary):
-    yield "  positives  threshold  best F1  F1 at 0.5"
-    for row in summary["balances"]:
-        plain = f"{row['f1_at_default']:.3f}" if summary["default"] else "-"
-        yield (
-            f"  {row['prevalence']:>9.0%} {row['threshold']:>10.4g} {row['f1']:>8.3f} "
-            f"{plain:>10}"
-        )
-
-
-def suggestions(summary):
-    """What to try next, from this run's false positives and false negatives."""
-    best, found, gain = summary["best"], summary["calibration"], summary["gain"]
-    fp, fn = best["fp"], best["fn"]
-    share = summary["prevalence"] or summary["n_positive"] / summary["n"]
-    alarms, misses = (1 - share) * (1 - best["specificity"]), share * (1 - best["recall"])
-    weighed = " at this prevalence" if summary["prevalence"] else ""
-    if summary["metric"] == "cost":
-        alarms, misses = alarms * summary["fp_cost"], misses * summary["fn_cost"]
-        weighed = f" by cost{weighed}"
-    if alarms > 1.5 * misses:
-        yield (
-            f"False alarms lead{weighed} ({fp:,} against {fn:,} misses). If they hurt more, try "
-            f"--min-precision {(1 + best['precision']) / 2:.2f}, or --metric cost with a higher "
-            "--fp-cost, and look at the highest-scoring negatives for wrong labels."
-        )
-    elif misses > 1.5 * alarms:
-        yield (
-            f"Misses lead{weighed} ({fn:,} against {fp:,} false alarms). If they hurt more, try "
-            f"--min-recall {(1 + best['recall']) / 2:.2f}, or --metric cost with a higher "
-            "--fn-cost, and look at the lowest-scoring positives for a missing feature."
-        )
-    else:
-        yield (
-            f"False alarms ({fp:,}) and misses ({fn:,}) are about in balance{weighed}: no "
-            "threshold removes one kind without adding the other; only better scores do."
-        )
-    if found and found["ece"] > 0.05:
-        yield (
-            f"Off by {found['ece']:.2f} as probabilities: calibrate the scores (Platt scaling, "
-            "isotonic regression) on held-out cases before reading them as risks."
-        )
-    if gain and gain["default_keeps_limits"] and not is_real(gain):
-        yield "Keep 0.5 unless the errors have unequal costs (--metric cost --fn-cost 5, say)."
-    low, high = best["threshold_interval"]
-    if high - low > 0.1:
-        yield f"The threshold is known only to {low:.4g} to {high:.4g}: label more cases."
-
-
-# ------------------------------------------------------------------ command line
-
-
+# %% Command line
 def parse_arguments(argv):
-    parser = Parser(
-        description="Find the decision threshold of a binary classifier.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False,
-    )  # fmt: skip
-    share = number(0, 1, "()")
+    """The options; --help shows them with their defaults."""
+    how = {"formatter_class": argparse.ArgumentDefaultsHelpFormatter, "allow_abbrev": False}
+    parser = utils.Parser(description="Find the best threshold of a binary classifier.", **how)
+    number, share = utils.number, utils.number(0, 1, "()")
     add = parser.add_argument_group("simulated scores").add_argument
     add("--scenario", choices=SCENARIOS, default="balanced", help="score distributions")
-    add("--n-samples", type=integer(2), default=10_000, help="number of cases")
+    add("--n-samples", type=utils.integer(2), default=10_000, help="number of cases")
     add("--positive-rate", type=share, default=0.3, help="share of positives")
     add = parser.add_argument_group("your own scores").add_argument
     add("--scores", type=Path, help="CSV file with a header, or NPZ file")
@@ -1005,8 +871,7 @@ def parse_arguments(argv):
     add("--score-column", default="y_score", help="column or array of the scores")
     add("--positive", help="label that is positive; every other one is negative")
     add = parser.add_argument_group("what is best").add_argument
-    add("--metric", choices=METRICS, default="f1", metavar="METRIC",
-        help=f"column of thresholds.csv to optimise: {', '.join(METRICS)}")  # fmt: skip
+    add("--metric", choices=METRICS, default="f1", help="column of thresholds.csv to optimise")
     add("--beta", type=number(0, 1000, "(]"), default=2.0, help="weight of recall in f_beta")
     add("--fp-cost", type=number(0, 1e9), default=1.0, help="cost of a false alarm")
     add("--fn-cost", type=number(0, 1e9), default=1.0, help="cost of a miss")
@@ -1017,54 +882,13 @@ def parse_arguments(argv):
     add("--exact", action="store_true", help="also search all distinct scores")
     add = parser.add_argument_group("run").add_argument
     add("--holdout", type=share, default=0.5, help="share of cases that scores the choice")
-    add("--seed", type=integer(0, 2**128), default=42, help="of simulation and resampling")
+    add("--seed", type=utils.integer(0, 2**128), default=42, help="of simulation and resampling")
     add("--output-dir", type=Path, default=Path("outputs/part1"), help="where to write")
     add("--show", action="store_true", help="also show the plots in windows")
     arguments = parser.parse_args(argv)
     if arguments.fp_cost + arguments.fn_cost == 0:
         raise UserError("--fp-cost and --fn-cost are both 0: give one of them a value")
     return arguments
-
-
-@command
-def main(argv=None):
-    """Get the scores, analyse, tell, draw and save."""
-    a = parse_arguments(argv)
-    if a.scores:
-        labels, scores = read_scores(a.scores, a.label_column, a.score_column, a.positive)
-        source = {"source": str(a.scores), "scenario": None}
-    else:
-        labels, scores = simulate_scores(a.n_samples, a.positive_rate, a.scenario, a.seed)
-        source = {"source": SCENARIOS[a.scenario][1], "scenario": a.scenario}
-    goal = {f.name: getattr(a, f.name) for f in fields(Objective) if hasattr(a, f.name)}
-    objective = Objective(**goal)
-    summary, counts, distinct, bands = analyse(
-        labels, scores, objective, a.exact, a.holdout, a.seed
-    )
-    objective = replace(objective, probabilities=summary["probabilities"])
-    folder = output_folder(a.output_dir)
-
-    say("1. The scores")
-    tell(
-        f"{'Read from' if a.scores else 'Simulated:'} {source['source']}; {summary['n']:,} "
-        f"cases, {summary['n_positive']:,} positive ({labels.mean():.1%}), seed {a.seed}."
-    )
-    narrate(summary, objective, counts)
-
-    say("", f"9. Files in {folder}")
-    columns = {key: getattr(counts, key) for key in ("threshold", "tp", "fp", "fn", "tn")}
-    columns |= {metric: measure(metric, counts, objective) for metric in METRICS}
-    write_csv(folder / "thresholds.csv", columns)
-    write_json(folder / "summary.json", source | {"seed": a.seed} | summary)
-    say("  thresholds.csv", "  summary.json")
-    if not a.scores:
-        write_csv(folder / "scores.csv", {"y_true": labels.astype(int), "y_score": scores})
-        say("  scores.csv")
-    plt = load_pyplot(a.show)
-    for name, figure in plot_all(plt, summary, objective, counts, distinct, bands).items():
-        save_figure(figure, folder / f"{name}.png")
-        say(f"  {name}.png")
-    finish_figures(plt, a.show)
 
 
 if __name__ == "__main__":
