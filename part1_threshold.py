@@ -46,12 +46,12 @@ def main(argv=None):
     a = parse_arguments(argv)
     if a.scores:
         labels, scores = utils.read_scores(a.scores, a.label_column, a.score_column, a.positive)
-        origin = {"source": str(a.scores), "scenario": None}
+        origin = str(a.scores), None
     else:
         labels, scores = simulate_scores(a.n_samples, a.positive_rate, a.scenario, a.seed)
-        origin = {"source": SCENARIOS[a.scenario], "scenario": a.scenario}
+        origin = SCENARIOS[a.scenario], a.scenario
     objective = Objective(**{field.name: getattr(a, field.name) for field in fields(Objective)})
-    result = analyse(labels, scores, objective, a.exact, a.holdout, a.seed, **origin)
+    result = analyse(labels, scores, objective, a.exact, a.holdout, a.seed, *origin)
     folder = utils.output_folder(a.output_dir)
     narrate(result)
     say(f"8. Files in {folder}")
@@ -79,7 +79,7 @@ class Result:
         return text.format(name=name, small_loss=loss, **more, **self.summary)
 
 
-def analyse(labels, scores, objective, exact=False, share=0.5, seed=0, **origin):
+def analyse(labels, scores, objective, exact=False, share=0.5, seed=0, source="", scenario=None):
     """Every number of a run; nothing is printed, drawn or written.
 
     Parameters
@@ -92,8 +92,8 @@ def analyse(labels, scores, objective, exact=False, share=0.5, seed=0, **origin)
         Also search all distinct scores; needed for scores outside [0, 1].
     share : float in (0, 1)
         Share of the cases on which the choice of the others is scored.
-    **origin
-        Where the scores come from, in words: the first entries of the summary.
+    source, scenario : str
+        Where the scores come from; the scenario if they were simulated.
 
     Returns
     -------
@@ -119,7 +119,8 @@ def analyse(labels, scores, objective, exact=False, share=0.5, seed=0, **origin)
     choice = describe_choice(table, columns, objective, chosen, drawn)
     theory = check_theory(every, choice["best"], objective)
     summary = {
-        **origin,
+        "source": source,
+        "scenario": scenario,
         "seed": seed,
         "n": labels.size,
         "n_positive": every.pos,
@@ -188,7 +189,7 @@ def simulate_scores(n, positive_rate, scenario, seed):
 
 def tell_scores(result):
     """Which cases the run is about."""
-    yield "Simulated: " * bool(result.summary["scenario"]) + result.fill(
+    yield ("Simulated: " if result.summary["scenario"] else "Read from ") + result.fill(
         "{source}; {n:,} cases, {n_positive:,} of them positive; seed {seed}."
     )
 
@@ -244,7 +245,9 @@ class Counts:
 
 def count_every_score(labels, scores):
     """Counts at every distinct score and, last, just above the highest: nobody is positive."""
-    ordered = np.add(scores, 0.0, dtype=np.float64)  # a copy, in which -0.0 is 0.0
+    top = np.nextafter(scores.max(), np.inf, dtype=scores.dtype)
+    threshold = np.add(np.append(scores, top), 0.0, dtype=np.float64)  # -0.0 becomes 0.0
+    ordered = threshold[:-1]  # a view, sorted in place
     probabilities = bool(ordered.min() >= 0 and ordered.max() <= 1)
     if probabilities:
         # The bits of floats in [0, 1] sort like integers and leave the top two bits free,
@@ -257,10 +260,8 @@ def count_every_score(labels, scores):
         keys >>= 1
     else:
         order = np.argsort(ordered)
-        ordered, positive = ordered[order], labels[order]
-    threshold = np.append(ordered, np.nextafter(scores.max(), np.inf, dtype=scores.dtype))
-    below = np.append(0, np.cumsum(positive))  # positives below each threshold
-    tp = below[-1] - below
+        ordered[:], positive = ordered[order], labels[order]
+    tp = np.append(np.cumsum(positive[::-1])[::-1], 0)  # positives at or above each score
     fp = np.arange(scores.size, -1, -1) - tp
     first = np.append(True, threshold[1:] != threshold[:-1])  # equal scores are one threshold
     counts = Counts(threshold, tp, fp, int(tp[0]), int(fp[0]), probabilities)
@@ -425,7 +426,7 @@ def find_best(counts, objective, where):
         raise UserError(f"{objective.metric} has no value at these scores: give another --metric")
     given = [f"--{name.replace('_', '-')} {limit:g}" for name, limit in objective.limits.items()]
     closest = counts[missing.argmin()]
-    rates = [f"{m} {measure(m, closest, objective):.4f}" for m in LIMITS.values()]
+    rates = [f"{METRICS[m].name} {measure(m, closest, objective):.4f}" for m in LIMITS.values()]
     raise UserError(
         f"no threshold of {where} satisfies {' and '.join(given)}; the closest is "
         f"{closest.threshold:.6g} with {', '.join(rates)}: relax a limit"
@@ -492,18 +493,20 @@ def headline(result):
     verdicts = {
         "pays": "worth having.",
         "does_not_pay": "too small to leave 0.5 for.",
-        "cannot_tell": "not certain; keep 0.5 unless the errors have unequal costs.",
+        "cannot_tell": "it could be zero; keep 0.5 unless the errors have unequal costs.",
     }
-    text = "Best threshold for {name}{where}: {best[threshold]:.4g}, with {best[value]:.4f} (95 % "
+    text = (
+        "Best threshold for {name}{where}: {best[threshold]:.4g} ({name} {best[value]:.4f}, 95 % "
+    )
     text += "interval {best[value_interval][0]:.4f} to {best[value_interval][1]:.4f}). "
     if gain is None:
         text += "Scores outside [0, 1] have no default threshold to compare with."
     elif gain["verdict"] is None:
-        text += "The default 0.5 has {default[value]:.4f}, but breaks a limit."
+        text += "The default 0.5 reaches {default[value]:.4f}, but breaks a limit."
     else:
         text += (
-            "The default 0.5 has {default[value]:.4f}. Corrected for the optimism of choosing and "
-            "scoring on the same cases, the gain is {gain[corrected]:+.4f} (95 % interval "
+            "The default 0.5 reaches {default[value]:.4f}. Corrected for the optimism of choosing "
+            "and scoring on the same cases, the gain is {gain[corrected]:+.4f} (95 % interval "
             "{gain[corrected_interval][0]:+.4f} to {gain[corrected_interval][1]:+.4f}): "
         ) + verdicts[gain["verdict"]]
     where = f" where {100 * share:.4g} % of the cases are positive" if share else ""
@@ -626,10 +629,10 @@ def tell_certainty(result):
         "From {near_optimal[low]:.4g} to {near_optimal[high]:.4g} the value is within "
         "{small_loss:g} of the best. Corrected for optimism it is {best[value_corrected]:.4f}."
     )
+    if np.ptp(best["threshold_interval"]) > 0.1:
+        yield "That interval of the threshold is wide: label more cases to narrow it."
     if result.summary["bootstrap"]["dropped"]:
         yield result.fill("{bootstrap[dropped]:,} more resamples had no usable threshold.")
-    if np.ptp(best["threshold_interval"]) > 0.1:
-        yield "That is a wide range for the threshold: label more cases to narrow it."
     if held is None:
         yield "There are too few cases to choose on one part and score on the other."
         return
@@ -753,8 +756,9 @@ def draw(result, folder, show):
     plt = utils.load_pyplot(show)
     for name, plot in FIGURES.items():
         if figure := plot(plt, result):
-            columns = int(figure.get_figwidth() / 2.5)  # below the axes it hides no curve
-            figure.legend(loc="outside lower center", ncols=columns, fontsize=9)
+            if any(axes.get_legend_handles_labels()[1] for axes in figure.axes):
+                columns = int(figure.get_figwidth() / 2.5)  # below the axes it hides no curve
+                figure.legend(loc="outside lower center", ncols=columns, fontsize=9)
             utils.save_figure(figure, folder / name)
             say(f"  {name}")
     utils.finish_figures(plt, show)
