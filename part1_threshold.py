@@ -56,7 +56,7 @@ def main(argv=None):
     narrate(result)
     say(f"8. Files in {folder}")
     save(result, folder)
-    draw(result, folder, a.show)
+    utils.draw_figures(FIGURES, result, folder, a.show)
 
 
 @dataclass(frozen=True)
@@ -751,19 +751,6 @@ def save(result, folder):
         say("  scores.csv")
 
 
-def draw(result, folder, show):
-    """Draw, save and perhaps show each of the FIGURES that this result has."""
-    plt = utils.load_pyplot(show)
-    for name, plot in FIGURES.items():
-        if figure := plot(plt, result):
-            if any(axes.get_legend_handles_labels()[1] for axes in figure.axes):
-                columns = int(figure.get_figwidth() / 2.5)  # below the axes it hides no curve
-                figure.legend(loc="outside lower center", ncols=columns, fontsize=9)
-            utils.save_figure(figure, folder / name)
-            say(f"  {name}")
-    utils.finish_figures(plt, show)
-
-
 CURVES = ("precision", "recall", "f1")  # of the first figure
 COMPARED = ("f1", "youden_j", "balanced_accuracy", "mcc")  # of the fourth
 CHOSEN = "chosen {best[threshold]:.3g} ({name} {best[value]:.3f})"
@@ -851,11 +838,11 @@ def plot_reliability(plt, result):
 
 
 FIGURES = {
-    "01_precision_recall_f1_vs_threshold.png": plot_metrics,
-    "02_precision_recall_curve.png": plot_precision_recall,
-    "03_roc_curve.png": plot_roc,
-    "04_metric_comparison.png": plot_comparison,
-    "05_reliability.png": plot_reliability,
+    "01_precision_recall_f1_vs_threshold": plot_metrics,
+    "02_precision_recall_curve": plot_precision_recall,
+    "03_roc_curve": plot_roc,
+    "04_metric_comparison": plot_comparison,
+    "05_reliability": plot_reliability,
 }
 
 

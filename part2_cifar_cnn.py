@@ -1124,17 +1124,16 @@ def plot_history(plt, result):
         column = {key: [row[key] for row in network.history] for key in network.history[0]}
         epochs, split = column["epoch"], column["eval_split"][0]
         for axes, key in ((loss, "loss"), (share, "accuracy")):
-            label = "training (on the way)"
+            once = axes is loss and network is result.networks[0]  # in the legend
+            label = "training (on the way)" if once else None
             axes.plot(epochs, column[f"train_{key}"], "o-", color=utils.BLUE, label=label)
             if split != "none":
-                label = f"{split} (clean)"
+                label = f"{split} (clean)" if once else None
                 axes.plot(epochs, column[f"eval_{key}"], "s--", color=utils.ORANGE, label=label)
         lr.plot(epochs, column["lr"], "o-", drawstyle="steps-post", color=utils.RED)
     loss.set_ylabel("cross-entropy")
     share.set_ylabel("accuracy")
     lr.set(ylabel="learning rate at its start", ylim=(0, None))
-    names = dict(zip(*loss.get_legend_handles_labels()[::-1]))  # each once
-    loss.legend(names.values(), names, fontsize=9)
     for axes in figure.axes:
         axes.set_xlabel("epoch")
         axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)

@@ -25,6 +25,7 @@ import zipfile
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 
@@ -133,10 +134,7 @@ def show_progress(text):
 
 @contextmanager
 def ctrl_c():
-    """Yield a list that Ctrl-C fills, so that a loop can stop where it is safe.
-
-    A second Ctrl-C ends the program at once.
-    """
+    """Yield a list that Ctrl-C fills, so that a loop can stop; a second one stops at once."""
     pressed = []
 
     def first(signum, frame):
@@ -172,17 +170,13 @@ def output_folder(path):
         with tempfile.TemporaryFile(dir=path):
             pass
     except OSError as error:
-        raise UserError(
-            f"cannot write into the folder {path} ({error.strerror}): choose another --output-dir"
-        ) from error
+        text = f"cannot write into the folder {path} ({error.strerror})"
+        raise UserError(f"{text}: choose another --output-dir") from error
     return path
 
 
 def write_bytes(path, data):
-    """Replace the file ``path``: at any moment it holds all old or all new bytes.
-
-    If it cannot be written (a full disk, no permission) the old file stays: UserError.
-    """
+    """Replace the file ``path``, which holds all old or all new bytes at any moment."""
     beside = Path(path).with_name(f".{Path(path).name}.part")
     try:
         with open(beside, "wb") as file:
@@ -191,10 +185,8 @@ def write_bytes(path, data):
             os.fsync(file.fileno())
         os.replace(beside, path)
     except OSError as error:
-        raise UserError(
-            f"cannot write {path} ({error.strerror}): free some space or choose "
-            "another --output-dir; what was there before is unchanged"
-        ) from error
+        text = f"cannot write {path} ({error.strerror}), so it is unchanged: free some space"
+        raise UserError(f"{text} or choose another --output-dir") from error
     finally:
         beside.unlink(missing_ok=True)
 
@@ -218,11 +210,7 @@ def _plain(value):
 
 
 def write_csv(path, columns):
-    """Write a table, ``columns`` mapping each name to its values.
-
-    Floats are written with the fewest digits that read back exactly; NaN as
-    an empty field.
-    """
+    """Write a table of ``columns`` by name; floats read back exactly, NaN is an empty field."""
     values = [np.asarray(column).tolist() for column in columns.values()]
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
@@ -335,10 +323,8 @@ def md5_of(path):
 def download(urls, path, md5, stall_seconds=15):
     """Fetch the file with this MD5 from the first of ``urls`` that delivers it.
 
-    The bytes go into a temporary file of this process's own and are renamed to
-    ``path`` only when the MD5 is right, so a partial file is never taken for a
-    whole one and two processes cannot disturb each other. If no address delivers
-    the file, the text of the UserError names each failure.
+    The bytes go into a file of this process's own, which becomes ``path`` only when the MD5 is
+    right; if no address delivers it, the UserError names each failure.
     """
     failures = []
     for url in urls:
@@ -528,41 +514,43 @@ STYLE = {
 }
 
 
-def load_pyplot(show=False):
-    """matplotlib.pyplot in the project's style; a window system only for ``show``."""
-    if not show:
-        os.environ["MPLBACKEND"] = "Agg"  # also where a notebook has set another one
-    import matplotlib.pyplot as plt
+def draw_figures(figures, result, folder, show=False):
+    """Draw and save ``figures``, functions of pyplot and ``result`` by file name.
 
-    plt.rcParams.update(STYLE)
-    return plt
+    Without ``show`` nothing of matplotlib's global state is used or changed.
+    """
+    import matplotlib
+
+    plt = SimpleNamespace(subplots=_subplots)
+    if show:
+        import matplotlib.pyplot as plt
+    with matplotlib.rc_context(STYLE):
+        for name, plot in figures.items():
+            if figure := plot(plt, result):  # some results have nothing to show in it
+                save_figure(figure, folder / f"{name}.png")
+                say(f"  {name}.png")
+    if show and plt.get_backend().lower() == "agg":
+        say("--show: there is no display here, so the figures are only saved")
+    elif show:
+        say("close the figures' windows to continue")
+        plt.show()
+
+
+def _subplots(*shape, figsize=None, **how):
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=figsize)
+    return figure, figure.subplots(*shape, **how)
 
 
 def save_figure(figure, path):
-    """Save ``figure`` as a PNG of 150 dots per inch."""
+    """Save ``figure`` as a PNG of 150 dots per inch, with its legend where it hides nothing."""
+    if any(axes.get_legend_handles_labels()[1] for axes in figure.axes):
+        columns = int(figure.get_figwidth() / 2.5)
+        figure.legend(loc="outside lower center", ncols=columns, fontsize=9)
     image = io.BytesIO()
     figure.savefig(image, format="png")
     write_bytes(path, image.getvalue())
-
-
-def draw_figures(figures, result, folder, show=False):
-    """Draw and save ``figures``, functions of pyplot and ``result`` by file name."""
-    plt = load_pyplot(show)
-    for name, plot in figures.items():
-        if figure := plot(plt, result):  # some results have nothing to show in it
-            save_figure(figure, folder / f"{name}.png")
-            say(f"  {name}.png")
-    finish_figures(plt, show)
-
-
-def finish_figures(plt, show):
-    """Show the figures where there is a display, then forget them."""
-    if show and plt.get_backend().lower() == "agg":
-        say("--show: there is no display here, so the plots are only saved")
-    elif show:
-        say("close the plot windows to go on")
-        plt.show()
-    plt.close("all")
 
 
 # %% Seeds and devices
@@ -571,8 +559,7 @@ def finish_figures(plt, show):
 def derive_seed(seed, *keys):
     """An independent 64-bit seed for each tuple of non-negative ``keys``.
 
-    Every random draw follows from (seed, what it is for, epoch), so a run that
-    resumes needs no generator state, and no two uses share a stream.
+    Every draw follows from (seed, purpose, epoch), so resuming needs no generator's state.
     """
     # With their number in front, since trailing zeros would not count.
     sequence = np.random.SeedSequence([len(keys), seed, *keys])
@@ -651,16 +638,11 @@ def load_checkpoint(path):
         raise UserError(f"cannot read {path} ({error.strerror}): name another file") from error
     except Exception as error:  # a damaged file can raise almost anything
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(
-            f"{path} is not a readable checkpoint ({reason}): it is damaged or "
-            "foreign; delete it or name another one"
-        ) from error
+        text = f"{path} is not a readable checkpoint ({reason}): delete it or name another one"
+        raise UserError(text) from error
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != CHECKPOINT_FORMAT:
         raise UserError(f"{path} was not written by this script: name another file")
-    # A foreign weight or optimiser state could do anything, up to crashing Python.
+    # A foreign weight or optimizer state could do anything, up to crashing Python.
     if checkpoint.get("digest") != digest:
-        raise UserError(
-            f"{path} was altered after it was written (weights, architecture, classes or "
-            "settings): delete it or name another one"
-        )
+        raise UserError(f"{path} was altered after it was written: delete it or name another one")
     return checkpoint

@@ -33,11 +33,10 @@ from utils import (  # noqa: E402
     RunFailed,
     UserError,
     command,
+    draw_figures,
     integer,
-    load_pyplot,
     output_folder,
     read_csv,
-    save_figure,
     say,
     write_csv,
 )
@@ -317,8 +316,7 @@ def report(rows, gains, path):
     """Print the tables as Markdown; write gains.csv and the plot beside the table of runs."""
     say(*strategies_table(gains), "", *presets_table(rows))
     write_gains(gains, path.with_name("gains.csv"))
-    plt = load_pyplot()
-    save_figure(plot(plt, gains), path.with_name("accuracy_vs_seconds.png"))
+    draw_figures({"accuracy_vs_seconds": plot}, gains, path.parent)
 
 
 def write_gains(gains, path):
@@ -431,7 +429,6 @@ def plot(plt, gains):
         axes.annotate(f"{name} ({where})", (seconds, accuracy), ha="center", **how)
     axes.plot([], [], "o", color=BLUE, label="this project, two CPU cores")
     axes.plot([], [], "D", color=ORANGE, markerfacecolor="white", label="as published")
-    axes.legend(loc="lower left")
     axes.set(
         xscale="log",
         xlim=(0.5, 30_000),

@@ -658,14 +658,14 @@ FIGURES = dict(part1.FIGURES)  # before `no_figures` takes them away
 def test_figures_of_unusual_runs_can_be_drawn(tmp_path, monkeypatch, arguments):
     monkeypatch.setattr(part1, "FIGURES", FIGURES)
     run(tmp_path, *arguments.split())
-    assert {path.name for path in tmp_path.glob("*.png")} == set(FIGURES)
+    assert {path.stem for path in tmp_path.glob("*.png")} == set(FIGURES)
 
 
 def test_scores_outside_0_1_have_no_reliability(tmp_path, monkeypatch):
     monkeypatch.setattr(part1, "FIGURES", FIGURES)
     path = write_npz(tmp_path / "s.npz", np.arange(10) < 3, np.full(10, 7.0))
     run(tmp_path, "--scores", path, "--exact")
-    assert {path.name for path in tmp_path.glob("*.png")} == set(FIGURES) - {"05_reliability.png"}
+    assert {path.stem for path in tmp_path.glob("*.png")} == set(FIGURES) - {"05_reliability"}
 
 
 def test_a_metric_and_a_figure_are_one_entry_each(tmp_path, monkeypatch):
@@ -680,8 +680,8 @@ def test_a_metric_and_a_figure_are_one_entry_each(tmp_path, monkeypatch):
         return figure
 
     monkeypatch.setitem(METRICS, "jaccard", Metric("Jaccard index", jaccard))
-    monkeypatch.setitem(part1.FIGURES, "06_scores.png", plot_scores)
-    monkeypatch.setitem(part1.FIGURES, "04.png", FIGURES["04_metric_comparison.png"])
+    monkeypatch.setitem(part1.FIGURES, "06_scores", plot_scores)
+    monkeypatch.setitem(part1.FIGURES, "04", FIGURES["04_metric_comparison"])
     summary, table = run(tmp_path, "--metric", "jaccard", "--min-precision", 0.9)
     f1 = table["f1"]
     assert_allclose(table["jaccard"], f1 / (2 - f1))

@@ -5,6 +5,7 @@ import math
 from dataclasses import asdict, replace
 
 import bench_part2
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
@@ -22,7 +23,6 @@ from part2_cifar_cnn import (
     draw_epoch,
     set_aside,
 )
-from utils import load_pyplot
 
 SETTINGS = Settings(
     dataset="digits", device="cpu", precision="float32", select_on="last", batch_size=50
@@ -325,13 +325,13 @@ def test_the_training_curves_have_a_line_for_each_network(data):
     network = network_with(None, data)
     networks = [replace(network, history=history) for history in histories]
     result = part2.Result(networks, data, {"test_accuracy": 0.5}, None, None, None)
-    figure = part2.plot_history(load_pyplot(), result)
+    figure = part2.plot_history(plt, result)
     lines = figure.axes[0].get_lines()
     assert [list(line.get_xdata()) for line in lines] == [[1, 2, 3]] * 2
     assert [list(line.get_ydata()) for line in lines] == [[2.0] * 3, [1.0] * 3]
-    assert len(figure.axes[0].get_legend().get_texts()) == 1
+    assert figure.axes[0].get_legend_handles_labels()[1] == ["training (on the way)"]
     short = [replace(network, history=histories[0][:1])]
-    figure = part2.plot_history(load_pyplot(), replace(result, networks=short))
+    figure = part2.plot_history(plt, replace(result, networks=short))
     figure.canvas.draw()
     assert all(tick == round(tick) for tick in figure.axes[0].get_xticks())
 
