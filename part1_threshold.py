@@ -42,7 +42,7 @@ BINS = 10  # of the calibration error
 # %% The story
 @utils.command
 def main(argv=None):
-    """Read or simulate scores, find their best threshold, tell about it, save and draw."""
+    """Read or simulate scores, find the best threshold, tell the story, save and draw it."""
     a = parse_arguments(argv)
     if a.scores:
         labels, scores = utils.read_scores(a.scores, a.label_column, a.score_column, a.positive)

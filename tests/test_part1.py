@@ -668,6 +668,7 @@ def test_scores_outside_0_1_have_no_reliability(tmp_path, monkeypatch):
     assert {path.stem for path in tmp_path.glob("*.png")} == set(FIGURES) - {"05_reliability"}
 
 
+@pytest.mark.filterwarnings("error")  # such as matplotlib's of a legend without entries
 def test_a_metric_and_a_figure_are_one_entry_each(tmp_path, monkeypatch):
     """A toy of each, as README shows them."""
 
