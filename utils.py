@@ -445,7 +445,7 @@ def _read_npz(path, *names):
             "labels must be numbers or text, scores numbers"
         )
     if labels.dtype.kind == "S":
-        labels = np.char.decode(labels, errors="backslashreplace")
+        labels = np.char.decode(labels, "utf-8", "backslashreplace")
     narrow = scores.dtype.kind == "f" and scores.dtype.itemsize <= 8
     dtype = scores.dtype.newbyteorder("=") if narrow else np.float64
     return labels, scores.astype(dtype, copy=False), ("index", range(scores.size))

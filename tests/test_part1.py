@@ -327,6 +327,9 @@ def test_impossible_constraint_tells_the_closest_attainable(tmp_path, capsys):
     error = assert_refused(tmp_path, capsys, "--scores", path, "--min-precision", 1)
     closest = all_metrics(labels, scores)["precision"].max()
     assert "closest" in error and f"{closest:.4f}" in error
+    write_npz(path, [True, False], [0.97, 0.95])  # kept by a score outside the table
+    error = assert_refused(tmp_path, capsys, "--scores", path, "--min-precision", 1, "--exact")
+    assert "0.97" in error and "0.5000" in error
 
 
 @pytest.mark.parametrize("metric", ["f1", "cost"])

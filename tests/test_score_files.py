@@ -60,6 +60,7 @@ GOOD_NPZ = {  # case: labels, type of the scores, value of --positive
     "bool labels, named": (LABELS, "f8", "True"),
     "text labels": (["cat", "dog", "cow", "cat"], "f8", "cat"),
     "byte labels": ([b"cat", b"dog", b"cow", b"cat"], "f8", "cat"),
+    "byte labels beyond ASCII": ([b"cat", b"caf\xe9", b"cow", b"cat"], "f8", "cat"),
     "other numbers": ([7, 3, 3, 7], "f8", "7"),
     "half precision": (LABELS, "f2", None),
     "single precision": (LABELS, "f4", None),
