@@ -877,6 +877,7 @@ def parse_arguments(argv):
     add("--output-dir", type=Path, default=Path("outputs/part1"), help="where to write")
     add("--show", action="store_true", help="also show the plots in windows")
     arguments = parser.parse_args(argv)
+    arguments.show = arguments.show and utils.can_show()
     if arguments.fp_cost + arguments.fn_cost == 0:
         raise UserError("--fp-cost and --fn-cost are both 0: give one of them a value")
     return arguments

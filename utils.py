@@ -1,7 +1,6 @@
-"""What both scripts share: errors, output files, plots, seeds, devices, checkpoints.
+"""What both scripts share: errors, console, files, scores, figures, seeds, checkpoints.
 
-Importing this file loads neither torch nor matplotlib: the functions that need
-them import them when they are called, so that part 1 never waits for torch.
+torch and matplotlib are imported where they are used, so that part 1 never waits for torch.
 """
 
 import argparse
@@ -22,8 +21,8 @@ import textwrap
 import time
 import urllib.request
 import zipfile
+from collections import namedtuple
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -153,13 +152,11 @@ def ctrl_c():
 
 def check_output(path):
     """Raise a UserError unless the folder ``path`` is, or could be made, writable."""
-    parts = (path.absolute(), *path.absolute().parents)
-    there = next(part for part in parts if os.path.exists(part))  # no error where it is forbidden
+    path = path.absolute()
+    there = next(part for part in (path, *path.parents) if os.path.exists(part))
     if not (there.is_dir() and os.access(there, os.W_OK)):
-        raise UserError(
-            f"cannot write into the folder {path} ({there} is not a writable folder): "
-            "choose another --output-dir"
-        )
+        text = f"cannot write into the folder {path} ({there} is no writable folder)"
+        raise UserError(f"{text}: choose another --output-dir")
 
 
 def output_folder(path):
@@ -224,10 +221,10 @@ def read_csv(path):
     try:
         with open(path, newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file, strict=True))
+        if any(None in row or None in row.values() for row in rows):
+            raise ValueError("rows are longer or shorter than its header")
     except (OSError, ValueError, csv.Error) as error:
         raise UserError(f"cannot read the table {path} ({error}): restore it") from error
-    if any(None in row or None in row.values() for row in rows):
-        raise UserError(f"{path} has rows that are longer or shorter than its header: restore it")
     return rows
 
 
@@ -235,10 +232,10 @@ def read_json(path):
     """Read a JSON object as a dict; UserError if it is something else."""
     try:
         values = json.loads(Path(path).read_bytes())
+        if not isinstance(values, dict):
+            raise ValueError("it is no JSON object")
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {path} ({error}): restore it or delete it") from error
-    if not isinstance(values, dict):
-        raise UserError(f"{path} is not a JSON object: restore it or delete it")
     return values
 
 
@@ -262,14 +259,7 @@ class Unavailable(UserError):
     """A data set is neither in its folder nor to be had from a server."""
 
 
-@dataclass(frozen=True)
-class Archive:
-    """A tar file that one of several servers has."""
-
-    name: str
-    size: int  # in bytes
-    md5: str
-    urls: tuple
+Archive = namedtuple("Archive", "name size md5 urls")  # a tar file that several servers have
 
 
 @contextmanager
@@ -514,24 +504,40 @@ STYLE = {
 }
 
 
+def can_show():
+    """Whether matplotlib can open windows here; if not, a line says so."""
+    try:
+        import matplotlib.pyplot as plt
+
+        backend = plt.get_backend().lower()
+    except (ImportError, ValueError):  # MPLBACKEND names one that is not installed
+        backend = os.environ["MPLBACKEND"]
+    if not backend.startswith(("gtk", "macosx", "qt", "tk", "wx")):
+        say(f"--show: {backend} opens no windows here, so the figures are only saved", "")
+        return False
+    return True
+
+
 def draw_figures(figures, result, folder, show=False):
     """Draw and save ``figures``, functions of pyplot and ``result`` by file name.
 
     Without ``show`` nothing of matplotlib's global state is used or changed.
     """
+    backend = os.environ.pop("MPLBACKEND", None)  # of a notebook, perhaps, and not installed
     import matplotlib
 
-    plt = SimpleNamespace(subplots=_subplots)
+    if backend:
+        os.environ["MPLBACKEND"] = backend
     if show:
         import matplotlib.pyplot as plt
+    else:
+        plt = SimpleNamespace(subplots=_subplots)
     with matplotlib.rc_context(STYLE):
         for name, plot in figures.items():
             if figure := plot(plt, result):  # some results have nothing to show in it
                 save_figure(figure, folder / f"{name}.png")
                 say(f"  {name}.png")
-    if show and plt.get_backend().lower() == "agg":
-        say("--show: there is no display here, so the figures are only saved")
-    elif show:
+    if show:
         say("close the figures' windows to continue")
         plt.show()
 
