@@ -323,12 +323,10 @@ def download(urls, path, md5, stall_seconds=15):
         try:
             with os.fdopen(handle, "wb") as file:
                 _fetch(url, file, stall_seconds)
-            found = md5_of(name)
-            if found == md5:
-                os.chmod(name, 0o644)  # a temporary file is its owner's alone
-                os.replace(name, path)
-                return
-            failures.append(f"{url}: md5 {found} instead of {md5}")
+            if (found := md5_of(name)) != md5:
+                raise ValueError(f"md5 {found} instead of {md5}")
+            os.chmod(name, 0o644)  # a temporary file is its owner's alone
+            return os.replace(name, path)
         except (OSError, ValueError, EOFError, http.client.HTTPException) as error:
             failures.append(f"{url}: {error or type(error).__name__}")
         finally:
@@ -346,8 +344,7 @@ def _fetch(url, file, stall_seconds):
             file.write(block)
             done += len(block)
             if time.monotonic() - shown > 1:
-                share = f" of {total / 1e6:.0f} MB" if total else " MB"
-                show_progress(f"  {done / 1e6:.0f}{share}")
+                show_progress(f"  {done / 1e6:.0f} MB" + f" of {total / 1e6:.0f}" * bool(total))
                 shown = time.monotonic()
         show_progress("")
         if total and done != total:
@@ -585,10 +582,8 @@ def choose_device(name="auto"):
         device = torch.device(name)
         torch.ones(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
-        raise UserError(
-            f"--device {name} does not work here ({str(error).splitlines()[0]}): "
-            "use --device cpu or --device auto"
-        ) from error
+        text = f"--device {name} does not work here ({str(error).splitlines()[0]})"
+        raise UserError(f"{text}: use --device cpu or --device auto") from error
     return device, "asked for"
 
 
