@@ -95,6 +95,7 @@ def prepare_machine(settings):
     if (precision, choose_precision("auto", device)) == ("bfloat16", "float32"):
         tell("This device only emulates bfloat16: --precision float32 is faster.")
     torch.backends.cudnn.deterministic = True
+    torch.backends.cudnn.allow_tf32 = False  # float32 has 23 bits, on a GPU too
     torch.set_flush_denormal(True)  # tiny numbers would be computed ten times slower
     if device.type == "cpu" and sys.platform == "linux":
         # glibc returns large tensors to the kernel, which clears their pages anew in each step.

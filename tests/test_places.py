@@ -9,6 +9,7 @@ import sys
 import tarfile
 import threading
 from contextlib import contextmanager, nullcontext
+from dataclasses import make_dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -412,3 +413,67 @@ def test_off_a_terminal_a_download_says_each_tenth(tiny, monkeypatch, capsys):
         utils.download(["http://here/a"], path, "0" * 32)
     shares = [line.split()[0] for line in capsys.readouterr().out.splitlines() if "% of" in line]
     assert shares == [f"{10 * i}%" for i in range(1, 11)]
+
+
+# --------------------------------------------------- what is not this run's
+
+
+def test_only_our_own_files_are_replaced(quick, tmp_path):
+    (tmp_path / "my_cat.png").write_text("mine")
+    (tmp_path / "01_mine.png").write_text("mine")
+    assert run(tmp_path) == 0 and run(tmp_path) == 0
+    assert {path.read_text() for path in tmp_path.glob("*.png")} == {"mine"}
+
+
+@pytest.mark.parametrize("name", ["best.pt", "last.pt"])
+def test_a_network_without_its_run_is_not_replaced(whole, quick, tmp_path, name, capsys):
+    shutil.copy(whole / name, tmp_path)
+    before = (tmp_path / name).read_bytes()
+    assert run(tmp_path) == 2 and "--overwrite" in error_line(capsys)
+    assert (tmp_path / name).read_bytes() == before
+
+
+@pytest.mark.parametrize("arguments, why", [
+    (["RUN", "--output-dir", "RUN"], "mix"), (["RUN/last.pt"], "best.pt"),
+    (["RUN", "RUN/."], "same run"), (["EMPTY"], "--resume"), (["RUN", "--lr", "1"], "settings"),
+    (["RUN", "--resume"], "--resume"),
+])  # fmt: skip
+def test_evaluate_refuses_what_would_not_be_true(whole, quick, tmp_path, arguments, why, capsys):
+    folder, empty = shutil.copytree(whole, tmp_path / "run"), tmp_path / "empty"
+    empty.mkdir()
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    arguments = [
+        each.replace("RUN", str(folder)).replace("EMPTY", str(empty)) for each in arguments
+    ]
+    assert part2.main(["--evaluate", *arguments]) == 2 and why in error_line(capsys)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_an_average_says_that_epochs_were_chosen_on_the_test_images(quick, tmp_path, capsys):
+    for name, split in (("a", "val"), ("b", "test")):
+        assert run(tmp_path / name, "--select-on", split, "--epochs", "1") == 0
+    capsys.readouterr()
+    runs = [str(tmp_path / name) for name in "ab"]
+    assert part2.main(["--evaluate", *runs]) == 0
+    assert "optimistic" in capsys.readouterr().out
+
+
+def test_an_option_that_is_newer_than_a_run_has_its_default_there(
+    whole, quick, monkeypatch, tmp_path
+):
+    option = part2.flag(0.0, utils.number(0, 1), "share of grey", augment=lambda *a: a[:2])
+    newer = make_dataclass("Settings", [("grey", float, option)], bases=(Settings,), frozen=True)
+    monkeypatch.setattr(part2, "Settings", newer)
+    folder = shutil.copytree(whole, tmp_path / "run")
+    assert part2.main(["--evaluate", str(folder)]) == 0
+    assert part2.main(["--resume", str(folder), "--epochs", "4"]) == 0
+    assert run(folder, "--epochs", "4", "--grey", "0.5") == 2
+
+
+def test_a_best_network_that_a_sudden_end_lost_is_written_again(quick, tmp_path):
+    assert run(tmp_path, "--select-on", "last") == 0
+    scores = (tmp_path / "test_scores.csv").read_bytes()
+    for name in ("best.pt", "metrics.json", "test_scores.csv"):
+        (tmp_path / name).unlink()
+    assert part2.main(["--resume", str(tmp_path)]) == 0
+    assert (tmp_path / "test_scores.csv").read_bytes() == scores
