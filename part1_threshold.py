@@ -19,6 +19,8 @@ balances; 7. the errors; 8. files and figures; the command line.
 from __future__ import annotations
 
 import argparse
+import decimal
+import string
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
@@ -74,9 +76,22 @@ class Result:
     summary: dict  # what summary.json holds
 
     def fill(self, text, **more):
-        """Put numbers of the summary, and ``more``, into a text: ``{best[threshold]:.4g}``."""
-        name, loss = METRICS[self.objective.metric].name, self.objective.small_loss
-        return text.format(name=name, small_loss=loss, **more, **self.summary)
+        """Put numbers of the summary, and ``more``, into a text: ``{best[value]:.4f}``."""
+        name = METRICS[self.objective.metric].name
+        return TEXT.format(text, name=name, **more, **self.summary)
+
+
+class Text(string.Formatter):
+    """str.format with one more type: ``{threshold:>9t}`` has all the digits to type it again."""
+
+    def format_field(self, value, spec):
+        """Format one value."""
+        if spec.endswith("t"):
+            value, spec = str(float(value)).removesuffix(".0"), spec[:-1]
+        return super().format_field(value, spec)
+
+
+TEXT = Text()
 
 
 def analyse(labels, scores, objective, exact=False, share=0.5, seed=0, source="", scenario=None):
@@ -102,7 +117,7 @@ def analyse(labels, scores, objective, exact=False, share=0.5, seed=0, source=""
     Raises
     ------
     UserError
-        If no threshold keeps the limits, or scores outside [0, 1] lack ``exact``.
+        If no score keeps the limits, or scores outside [0, 1] lack ``exact``.
     """
     every = count_every_score(labels, scores)
     if not (every.probabilities or exact):
@@ -110,10 +125,9 @@ def analyse(labels, scores, objective, exact=False, share=0.5, seed=0, source=""
             f"the scores run from {scores.min():.6g} to {scores.max():.6g}: give "
             "probabilities in [0, 1], or add --exact for other scores"
         )
-    optimum = find_best(every, objective, "all distinct scores") if exact else None
-    table = lay_table(every, scores.dtype)
-    beyond = f" (though the score {every.threshold[optimum]:.9g} does)" if exact else ""
-    chosen = find_best(table, objective, "the table" + beyond)
+    optimum = find_best(every, objective)
+    kind, table = lay_table(every, optimum, scores.dtype, objective)
+    chosen = find_best(table, objective)
     columns = tabulate(table, objective)
     drawn = bootstrap(table, objective, chosen, seed)
     choice = describe_choice(table, columns, objective, chosen, drawn)
@@ -126,12 +140,18 @@ def analyse(labels, scores, objective, exact=False, share=0.5, seed=0, source=""
         "n_positive": every.pos,
         **asdict(objective),
         "probabilities": every.probabilities,
+        "table": kind,
+        "small_loss": small_loss(table, objective),
         **areas(every, objective),
         **choice,
         "constraints": {name: getattr(objective, name) for name in LIMITS},
         "bootstrap": {key: drawn[key] for key in ("replicates", "dropped")},
         "holdout": check_holdout(table, objective, share, seed),
-        "exact": describe_exact(every, optimum, choice["best"], objective) if exact else None,
+        "exact": describe_exact(
+            shortened(every, np.array([optimum]), scores.dtype), choice["best"], objective
+        )
+        if exact
+        else None,
         "calibration": calibration(labels, scores) | theory if every.probabilities else None,
         "balances": other_balances(table),
         "dominant_error": dominant_error(table[[chosen]], objective),
@@ -224,6 +244,13 @@ class Counts:
         index = np.searchsorted(self.threshold, thresholds).clip(max=self.threshold.size - 1)
         return replace(self[index], threshold=np.asarray(thresholds, float))
 
+    def joined(self, other):
+        """These thresholds and the other ones, each once."""
+        both = np.append(self.threshold, other.threshold)
+        _, index = np.unique(both, return_index=True)
+        tp, fp = np.append(self.tp, other.tp), np.append(self.fp, other.fp)
+        return replace(self, threshold=both, tp=tp, fp=fp)[index]
+
     def at_prevalence(self, share):
         """The same tpr and fpr where this share is positive; the counts become shares."""
         if share is None:
@@ -268,13 +295,57 @@ def count_every_score(labels, scores):
     return counts if first.all() else counts[first]
 
 
-def lay_table(every, dtype):
-    """The counts at the thresholds to choose from: 0.10 to 0.90, or 81 quantiles."""
+def lay_table(every, optimum, dtype, objective):
+    """The thresholds to choose from: the grid, or 81 quantiles of scores outside [0, 1].
+
+    Where the best distinct score (index ``optimum``) lies outside the grid and gains more than
+    a small loss, or only scores outside the table keep the limits, it is added, and with it 81
+    quantiles of the positives' scores: those of all cases would miss what a rare class needs.
+
+    Returns
+    -------
+    kind : {"grid", "quantiles", "extended"}
+    table : Counts
+    """
     if every.probabilities:  # compared in their own precision: a float32 0.30 reaches 0.30
-        return replace(every.at(GRID.astype(dtype)), threshold=GRID)
-    reaching = every.tp + every.fp  # falls from n to 0
-    wanted = every.n * (1 - np.arange(GRID.size) / GRID.size)
-    return every[np.searchsorted(-reaching, -wanted, side="right") - 1]
+        kind, table = "grid", replace(every.at(GRID.astype(dtype)), threshold=GRID)
+    else:
+        kind, table = "quantiles", shortened(every, quantiles(every.tp + every.fp), dtype)
+    values = eligible(goodness(table, objective), shortfall(table, objective))
+    gain = goodness(every[[optimum]], objective).item() - values.max()
+    inside = every.probabilities and GRID[0] <= every.threshold[optimum] <= GRID[-1]
+    # Net benefit falls with the threshold itself, so the lowest scores would always be added.
+    worth = (
+        not inside and objective.metric != "net_benefit" and gain > small_loss(every, objective)
+    )
+    if worth or gain == np.inf:
+        more = shortened(every, np.union1d(quantiles(every.tp), optimum), dtype)
+        kind, table = "extended", table.joined(more)
+    return kind, table
+
+
+def quantiles(reaching):
+    """Indices of up to 81 distinct scores with equal shares of these cases between them."""
+    wanted = reaching[0] * (1 - np.arange(GRID.size) / GRID.size)
+    return np.unique(np.searchsorted(-reaching, -wanted, side="right") - 1)
+
+
+def shortened(every, rows, dtype):
+    """Those rows of all, each with the threshold of fewest digits that changes no count."""
+    below = np.append(-np.inf, every.threshold)[rows]
+    nobody = rows == every.threshold.size - 1
+    scores = every.threshold[rows].astype(dtype)
+    threshold = [*map(shortest, below, scores, nobody)]
+    return replace(every[rows], threshold=np.array(threshold))
+
+
+def shortest(below, score, nobody):
+    """The number of fewest digits above ``below`` that ``score`` reaches, or nobody does."""
+    rounding = decimal.ROUND_CEILING if nobody else decimal.ROUND_FLOOR
+    for digits in range(1, 18):
+        number = float(decimal.Context(digits, rounding).create_decimal(str(score)))
+        if below < score.dtype.type(number):
+            return number
 
 
 # %% Metrics
@@ -298,11 +369,6 @@ class Objective:
         """Name and value of each limit that was given."""
         given = {name: getattr(self, name) for name in LIMITS}
         return {name: value for name, value in given.items() if value is not None}
-
-    @property
-    def small_loss(self):
-        """A loss of the metric that is too small to care about."""
-        return 0.005 * (max(self.fp_cost, self.fn_cost) if self.metric == "cost" else 1)
 
 
 @dataclass(frozen=True)
@@ -395,6 +461,14 @@ def goodness(counts, objective):
     return objective.sign * measure(objective.metric, counts, objective)
 
 
+def small_loss(counts, objective):
+    """A loss too small to care about: 0.5 % of the way from a useless rule to no error."""
+    share = objective.prevalence or counts.pos / counts.n
+    nobody, everybody = objective.fn_cost * share, objective.fp_cost * (1 - share)
+    reach = {"cost": min(nobody, everybody), "net_benefit": share}
+    return 0.005 * reach.get(objective.metric, 1)
+
+
 def shortfall(counts, objective):
     """By how much each threshold misses the limits, summed; 0 where it keeps them."""
     missing = 0
@@ -416,7 +490,7 @@ def middle_best(values):
     return int(tied[(tied.size - 1) // 2])
 
 
-def find_best(counts, objective, where):
+def find_best(counts, objective):
     """Index of the best threshold within the limits; if none is, an error names the closest."""
     good, missing = goodness(counts, objective), shortfall(counts, objective)
     values = eligible(good, missing)
@@ -425,11 +499,13 @@ def find_best(counts, objective, where):
     if np.isnan(good).all():
         raise UserError(f"{objective.metric} has no value at these scores: give another --metric")
     given = [f"--{name.replace('_', '-')} {limit:g}" for name, limit in objective.limits.items()]
-    closest = counts[missing.argmin()]
-    rates = [f"{METRICS[m].name} {measure(m, closest, objective):.4f}" for m in LIMITS.values()]
+    closest = counts[[missing.argmin()]]
+    rates = [
+        f"{METRICS[m].name} {measure(m, closest, objective).item():.4f}" for m in LIMITS.values()
+    ]
     raise UserError(
-        f"no threshold of {where} satisfies {' and '.join(given)}; the closest is "
-        f"{closest.threshold:.6g} with {', '.join(rates)}: relax a limit"
+        f"no threshold satisfies {' and '.join(given)}; the closest is "
+        f"{closest.threshold.item():.6g} with {', '.join(rates)}: relax a limit"
     )
 
 
@@ -443,6 +519,7 @@ def range_around(chosen, values, loss, threshold):
 def describe_choice(table, columns, objective, chosen, drawn):
     """The chosen threshold with its intervals, beside 0.5 and the other metrics' choices."""
     default, metric, missing = table.half, objective.metric, shortfall(table, objective)
+    loss = small_loss(table, objective)
     best = row(columns, chosen, metric)
     best["threshold_interval"] = drawn["threshold"]
     best["value_interval"] = drawn["value"]
@@ -453,19 +530,21 @@ def describe_choice(table, columns, objective, chosen, drawn):
     choice = {"best": best, "default": None, "gain": None}
     if default is not None:
         choice["default"] = row(columns, default, metric)
-        choice["gain"] = weigh_gain(best, choice["default"], values[default], objective, drawn)
+        choice["gain"] = weigh_gain(
+            best, choice["default"], values[default], objective, drawn, loss
+        )
     return choice | {
         "by_metric": {m: own.get(m) for m in METRICS},
         "plateau": range_around(chosen, values, TOLERANCE, table.threshold),
-        "near_optimal": range_around(chosen, values, objective.small_loss, table.threshold),
+        "near_optimal": range_around(chosen, values, loss, table.threshold),
     }
 
 
-def weigh_gain(best, default, eligible_value, objective, drawn):
+def weigh_gain(best, default, eligible_value, objective, drawn, loss):
     """What the choice gains over 0.5, and whether that pays: None if 0.5 breaks a limit."""
     value = objective.sign * (best["value"] - default["value"])
     corrected, interval = value - drawn["optimism"], drawn["gain"] - drawn["optimism"]
-    verdict = "pays" if corrected > objective.small_loss else "does_not_pay"
+    verdict = "pays" if corrected > loss else "does_not_pay"
     if interval[0] <= 0:
         verdict = "cannot_tell" if value > TOLERANCE else "does_not_pay"
     keeps_limits = bool(np.isfinite(eligible_value))
@@ -479,9 +558,9 @@ def weigh_gain(best, default, eligible_value, objective, drawn):
     }
 
 
-def describe_exact(every, index, best, objective):
+def describe_exact(optimum, best, objective):
     """The best of all distinct scores, and what keeping to the table costs."""
-    found = row(tabulate(every[[index]], objective), 0, objective.metric)
+    found = row(tabulate(optimum, objective), 0, objective.metric)
     loss = objective.sign * (found["value"] - best["value"])
     # Net benefit falls with the threshold itself, so one between two scores can win.
     return (best if loss < 0 else found) | {"grid_loss": max(loss, 0.0)}
@@ -495,9 +574,7 @@ def headline(result):
         "does_not_pay": "too small to leave 0.5 for.",
         "cannot_tell": "it could be zero; keep 0.5 unless the errors have unequal costs.",
     }
-    text = (
-        "Best threshold for {name}{where}: {best[threshold]:.4g} ({name} {best[value]:.4f}, 95 % "
-    )
+    text = "Best threshold for {name}{where}: {best[threshold]:t} ({name} {best[value]:.4f}, 95 % "
     text += "interval {best[value_interval][0]:.4f} to {best[value_interval][1]:.4f}). "
     if gain is None:
         text += "Scores outside [0, 1] have no default threshold to compare with."
@@ -518,25 +595,29 @@ def tell_choice(result):
     summary, metric = result.summary, result.objective.metric
     yield headline(result)
     yield "  best for           threshold   value  precision  recall  specificity"
-    line = "{threshold:>10.4g}{value:>8.3f}{precision:>11.3f}{recall:>8.3f}{specificity:>13.3f}"
+    line = "{threshold:>10t}{value:>8.3f}{precision:>11.3f}{recall:>8.3f}{specificity:>13.3f}"
     for own in dict.fromkeys([metric, "f1", "youden_j", "balanced_accuracy"]):
-        yield f"  {METRICS[own].name:<18}" + line.format(**summary["by_metric"][own])
+        yield f"  {METRICS[own].name:<18}" + TEXT.format(line, **summary["by_metric"][own])
     yield (
         "F1 is for when only the positives matter, Youden's J and balanced accuracy for when both "
         "classes matter equally, cost and net benefit for errors that have a price."
     )
     yield result.fill(
-        "At {best[threshold]:.4g}: {best[tp]:,} hits, {best[fp]:,} false alarms, {best[fn]:,} "
+        "At {best[threshold]:t}: {best[tp]:,} hits, {best[fp]:,} false alarms, {best[fn]:,} "
         "misses, {best[tn]:,} correct rejections. At any threshold: ROC AUC {roc_auc:.4f}, "
         "average precision {average_precision:.4f}."
     )
-    if np.isin(result.table.threshold[[0, -1]], [*summary["plateau"].values()]).any():
-        yield "The best range reaches the end of the table; --exact searches beyond it."
+    if summary["table"] == "extended":
+        yield result.fill(
+            "The best thresholds lie where the table had none, so it was extended to {size} "
+            "thresholds by the scores of positives.",
+            size=result.table.threshold.size,
+        )
     if metric == "net_benefit":
         yield "Net benefit compares models, not thresholds: each weighs the errors differently."
     if summary["exact"]:
         yield result.fill(
-            "Of all distinct scores {exact[threshold]:.9g} is best with {exact[value]:.6f} (hits: "
+            "Of all distinct scores {exact[threshold]:t} is best with {exact[value]:.6f} (hits: "
             "{exact[tp]:,}, false alarms: {exact[fp]:,}); the table loses {exact[grid_loss]:.6f}."
         )
 
@@ -546,9 +627,9 @@ def tell_trade_off(result):
     """The choice, and ten rows of the table down and up from it: 0.1 on the grid."""
     last, chosen = result.table.threshold.size - 1, result.chosen
     yield "  threshold  precision  recall  false alarms    misses"
-    line = "  {threshold:>9.4g}{precision:>11.3f}{recall:>8.3f}{fp:>14,}{fn:>10,}"
+    line = "  {threshold:>9t}{precision:>11.3f}{recall:>8.3f}{fp:>14,}{fn:>10,}"
     for index in sorted({max(chosen - 10, 0), chosen, min(chosen + 10, last)}):
-        yield line.format(**row(result.columns, index, result.objective.metric))
+        yield TEXT.format(line, **row(result.columns, index, result.objective.metric))
 
 
 # %% 4. How certain this is
@@ -625,9 +706,9 @@ def tell_certainty(result):
     best, held, gain = (result.summary[key] for key in ("best", "holdout", "gain"))
     yield result.fill(
         "Chosen again on {bootstrap[replicates]:,} resamples of the cases, the threshold lies "
-        "between {best[threshold_interval][0]:.4g} and {best[threshold_interval][1]:.4g} (95 %). "
-        "From {near_optimal[low]:.4g} to {near_optimal[high]:.4g} the value is within "
-        "{small_loss:g} of the best. Corrected for optimism it is {best[value_corrected]:.4f}."
+        "between {best[threshold_interval][0]:t} and {best[threshold_interval][1]:t} (95 %). "
+        "From {near_optimal[low]:t} to {near_optimal[high]:t} the value is within "
+        "{small_loss:.3g} of the best. Corrected for optimism it is {best[value_corrected]:.4f}."
     )
     if np.ptp(best["threshold_interval"]) > 0.1:
         yield "That interval of the threshold is wide: label more cases to narrow it."
@@ -637,7 +718,7 @@ def tell_certainty(result):
         yield "There are too few cases to choose on one part and score on the other."
         return
     yield result.fill(
-        "Chosen on one part of the cases ({holdout[threshold]:.4g}, value "
+        "Chosen on one part of the cases ({holdout[threshold]:t}, value "
         "{holdout[value_where_chosen]:.4f}) and scored on the other {holdout[n]:,}: "
         "{holdout[value]:.4f}{over}.",
         over=f", {held['gain']:+.4f} over 0.5" if gain and gain["verdict"] else "",
@@ -679,7 +760,7 @@ def tell_calibration(result):
     if found["ece"] > 0.05:
         yield "Calibrate them on held-out cases (Platt scaling, isotonic regression)."
     if found["expected_threshold"] is not None:
-        close = found["expected_loss"] <= objective.small_loss
+        close = found["expected_loss"] <= result.summary["small_loss"]
         yield result.fill(
             "The best threshold of true probabilities would be {rule} = {calibration"
             "[expected_threshold]:.3f}; here that loses {calibration[expected_loss]:.4f}, {so}.",
@@ -703,10 +784,10 @@ def other_balances(table):
 def tell_balances(result):
     """One row for each share of positives."""
     yield "  positives  threshold  best F1  F1 at 0.5"
-    line = "  {prevalence:>9.0%}{threshold:>11.4g}{f1:>9.3f}{plain:>11}"
+    line = "  {prevalence:>9.0%}{threshold:>11t}{f1:>9.3f}{plain:>11}"
     for found in result.summary["balances"]:
         plain = "-" if found["f1_at_default"] is None else f"{found['f1_at_default']:.3f}"
-        yield line.format(plain=plain, **found)
+        yield TEXT.format(line, plain=plain, **found)
 
 
 # %% 7. What the errors suggest
@@ -753,15 +834,15 @@ def save(result, folder):
 
 CURVES = ("precision", "recall", "f1")  # of the first figure
 COMPARED = ("f1", "youden_j", "balanced_accuracy", "mcc")  # of the fourth
-CHOSEN = "chosen {best[threshold]:.3g} ({name} {best[value]:.3f})"
+CHOSEN = "chosen {best[threshold]:t} ({name} {best[value]:.3f})"
 SQUARE = {"xlim": (-0.01, 1.01), "ylim": (-0.01, 1.01), "aspect": "equal"}
 
 
 def plot_metrics(plt, result):
     """Precision, recall and F1 against the threshold."""
     points = dict.fromkeys(CURVES, result.summary["best"])
-    title = "From {near_optimal[low]:.3g} to {near_optimal[high]:.3g}, {name} is within "
-    title += "{small_loss:g} of its best" + " within the limits" * bool(result.objective.limits)
+    title = "From {near_optimal[low]:t} to {near_optimal[high]:t}, {name} is within "
+    title += "{small_loss:.3g} of its best" + " within the limits" * bool(result.objective.limits)
     return plot_thresholds(plt, result, points, result.fill(title))
 
 
@@ -770,8 +851,8 @@ def plot_comparison(plt, result):
     metrics = dict.fromkeys([*COMPARED, result.objective.metric])
     points = {metric: result.summary["by_metric"][metric] for metric in metrics}
     places = [point["threshold"] for point in points.values()]
-    title = "The best thresholds of these metrics (dots) lie from {:.3g} to {:.3g}"
-    return plot_thresholds(plt, result, points, title.format(min(places), max(places)))
+    title = "The best thresholds of these metrics (dots) lie from {:t} to {:t}"
+    return plot_thresholds(plt, result, points, TEXT.format(title, min(places), max(places)))
 
 
 def plot_thresholds(plt, result, points, title):

@@ -66,7 +66,8 @@ def extra_memory(function, labels, scores):
 
 def table_of(labels, scores):
     """Counts at the thresholds that a run chooses from."""
-    return lay_table(count_every_score(labels, scores), scores.dtype)
+    every = count_every_score(labels, scores)
+    return lay_table(every, find_best(every, Objective()), scores.dtype, Objective())[1]
 
 
 def sweep(labels, scores):
@@ -112,12 +113,13 @@ def bench_whole_runs(n):
 def bench_numpy(labels, scores, repeats):
     n, rivals = f"{scores.size:.0e}", (sweep, plain_sweep)
     every = count_every_score(labels, scores)
+    best = find_best(every, Objective())
     ours, plain, sort, table, exact = medians(
         repeats,
         *(lambda f=f: f(labels, scores) for f in rivals),
         lambda: np.sort(scores),
-        lambda: tabulate(lay_table(every, scores.dtype), Objective()),
-        lambda: find_best(every, Objective(), "all distinct scores"),
+        lambda: tabulate(lay_table(every, best, scores.dtype, Objective())[1], Objective()),
+        lambda: find_best(every, Objective()),
     )
     memory = [extra_memory(rival, labels, scores) for rival in rivals]
     row(f"{n}: count every score, table of {len(METRICS)} metrics", ours, memory[0])
@@ -129,7 +131,7 @@ def bench_numpy(labels, scores, repeats):
 
 def bench_bootstrap(labels, scores, repeats):
     table = table_of(labels, scores)
-    chosen = find_best(table, Objective(), "the table")
+    chosen = find_best(table, Objective())
     (taken,) = medians(repeats, lambda: bootstrap(table, Objective(), chosen, 0))
     row(f"{scores.size:.0e}: bootstrap of {REPLICATES:,} replicates", taken)
 

@@ -50,9 +50,10 @@ def sample(n=400, seed=0, decimals=None, dtype=np.float64):
     return labels, (scores if decimals is None else scores.round(decimals)).astype(dtype)
 
 
-def table_of(labels, scores):
+def table_of(labels, scores, objective=Objective()):  # noqa: B008 (frozen)
     """Counts at the thresholds that a run chooses from."""
-    return lay_table(count_every_score(labels, scores), scores.dtype)
+    every = count_every_score(labels, scores)
+    return lay_table(every, find_best(every, objective), scores.dtype, objective)[1]
 
 
 def all_metrics(labels, scores, objective=Objective()):  # noqa: B008 (frozen)
@@ -120,6 +121,7 @@ def test_counts_of_the_table_equal_plain_comparisons(dtype):
     scores = np.concatenate([edges, *around, rng.random(5_000).astype(dtype)])
     labels = rng.random(scores.size) < 0.3
     counts = table_of(labels, scores)
+    counts = counts[np.isin(counts.threshold, GRID)]
     predicted = scores >= GRID.astype(dtype)[:, None]
     assert_array_equal(counts.tp, (predicted & labels).sum(1))
     assert_array_equal(counts.fp, (predicted & ~labels).sum(1))
@@ -247,9 +249,9 @@ def test_exact_optimum_equals_brute_force(metric, limits):
         )
         if expected == -np.inf:
             with pytest.raises(UserError, match="closest"):
-                find_best(counts, objective, "all")
+                find_best(counts, objective)
             continue
-        answered, best = answered + 1, find_best(counts, objective, "all")
+        answered, best = answered + 1, find_best(counts, objective)
         value = METRICS[metric].sign * measure(metric, counts, objective)[best]
         assert value == pytest.approx(expected, rel=1e-12, abs=1e-12), seed
         predicted = scores >= counts.threshold[best]
@@ -325,11 +327,83 @@ def test_impossible_constraint_tells_the_closest_attainable(tmp_path, capsys):
     scores[0] = 1.0
     path = write_npz(tmp_path / "s.npz", labels, scores)
     error = assert_refused(tmp_path, capsys, "--scores", path, "--min-precision", 1)
-    closest = all_metrics(labels, scores)["precision"].max()
+    closest = max(labels[scores >= cut].mean() for cut in scores)
     assert "closest" in error and f"{closest:.4f}" in error
-    write_npz(path, [True, False], [0.97, 0.95])  # kept by a score outside the table
-    error = assert_refused(tmp_path, capsys, "--scores", path, "--min-precision", 1, "--exact")
-    assert "0.97" in error and "0.5000" in error
+
+
+def rare(n=2000, share=0.02, top=0.08, seed=0):
+    """A rare class whose scores all lie below the grid, as those of a calibrated model do."""
+    rng = np.random.default_rng(seed)
+    labels = np.arange(n) < n * share
+    return labels, (top * np.where(labels, rng.beta(8, 3, n), rng.beta(2, 9, n))).round(4)
+
+
+@pytest.mark.parametrize("options", ["", "--exact", "--min-recall 0.9", "--min-precision 0.5"])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_the_table_holds_the_answer_of_scores_outside_the_grid(tmp_path, options, dtype):
+    """With the best of all cuts, or with what keeps a limit; the grid always stays."""
+    labels, scores = rare()
+    scores = scores.astype(dtype)
+    path = write_npz(tmp_path / "s.npz", labels, scores)
+    summary, table = run(tmp_path / "out", "--scores", path, *options.split())
+    objective = Objective(**{name: summary[name] for name in part1.LIMITS})
+    assert summary["table"] == "extended" and set(GRID) <= set(table["threshold"])
+    assert table.size <= 81 + 82
+    assert summary["best"]["f1"] == pytest.approx(brute_force(labels, scores, objective))
+    reaching = scores >= dtype(summary["best"]["threshold"])
+    assert summary["best"]["tp"] == (reaching & labels).sum() and summary["best"]["tp"] > 0
+
+
+def test_the_grid_is_kept_where_it_loses_little(tmp_path):
+    assert run(tmp_path, "--n-samples", 2000)[0]["table"] == "grid"
+
+
+def test_limits_that_only_scores_outside_the_table_keep_have_an_answer(tmp_path):
+    path = write_npz(tmp_path / "s.npz", [True, False], [0.97, 0.95])
+    summary, _ = run(tmp_path / "out", "--scores", path, "--min-precision", 1)
+    assert (summary["table"], summary["best"]["tp"], summary["best"]["fp"]) == ("extended", 1, 0)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+@pytest.mark.parametrize("metric", ["f1", "accuracy"])
+@pytest.mark.parametrize("scale", [0.01, 1, 60_000])
+def test_a_printed_threshold_can_be_typed_back(
+    tmp_path, capsys, few_resamples, scale, metric, dtype
+):
+    """It has the counts of the chosen cut, and as few digits as that allows."""
+    for seed in range(6):
+        labels, scores = sample(60 - 10 * seed, seed)
+        labels = labels if metric == "f1" else np.arange(labels.size) == scores.argmin()
+        scores = (scale * scores).astype(dtype)
+        path = write_npz(tmp_path / "s.npz", labels, scores)
+        summary, _ = run(tmp_path / "out", "--scores", path, "--exact", "--metric", metric)
+        printed = re.search(r"Best threshold for [\w ]+: (\S+) \(", capsys.readouterr().out)[1]
+        best = summary["best"]
+        reaching = scores >= dtype(printed)
+        counts = [(reaching & labels).sum(), (reaching & ~labels).sum()]
+        assert counts == [best["tp"], best["fp"]], (seed, printed)
+        if float(printed) not in GRID:
+            digits = len(printed.replace(".", "").strip("0"))
+            fewer = [dtype(f"{float(printed):.{digits - 2}e}")] if digits > 1 else []
+            assert all(((scores >= cut) != reaching).any() for cut in fewer), printed
+
+
+def test_nobody_is_a_threshold_above_the_highest_score(tmp_path):
+    """Where that is 1.0, a printed 1 would call it positive."""
+    labels, scores = np.arange(6) == 3, np.array([1.0, 1.0, 0.95, 0.93, 0.97, 0.99])
+    path = write_npz(tmp_path / "s.npz", labels, scores)
+    summary, _ = run(tmp_path / "out", "--scores", path, "--metric", "accuracy", "--exact")
+    for found in summary["best"], summary["exact"]:
+        assert found["threshold"] > 1 and found["accuracy"] == pytest.approx(5 / 6)
+
+
+def test_large_scores_keep_their_digits(tmp_path, capsys):
+    """Five digits, of which four would lose a case."""
+    scores = np.array([11020, 12001, 54326, 54320, 30111, 54327, 98764, 54299, 76543, 2005])
+    path = write_npz(tmp_path / "s.npz", np.isin(scores, [54326, 54327, 98764, 76543]), scores)
+    summary, _ = run(tmp_path / "out", "--scores", path, "--exact")
+    assert (summary["best"]["threshold"], summary["best"]["f1"]) == (54326, 1)
+    assert "54326 (F1 1.0000" in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize("metric", ["f1", "cost"])
@@ -483,15 +557,15 @@ def test_constant_scores_are_answered(tmp_path, constant, exact):
 def test_scores_outside_0_1_get_a_table_of_quantiles(tmp_path, dtype):
     """Nothing is rescaled, and there is no default of 0.5."""
     labels, scores = sample(1000)
-    scores = (8 * scores - 5).astype(dtype)
+    scores = (8 * scores - 5).round(3).astype(dtype)
     path = write_npz(tmp_path / "s.npz", labels, scores)
     summary, table = run(tmp_path / "out", "--scores", path, "--exact")
     assert summary["default"] is summary["gain"] is summary["calibration"] is None
-    assert table.size == 81 and set(table["threshold"]) <= set(scores.tolist())
+    assert table.size == 81 and summary["table"] == "quantiles"
     predicted = scores >= table["threshold"].astype(dtype)[:, None]
     assert_array_equal(table["tp"], (predicted & labels).sum(1))
     assert_array_equal(table["fp"], (predicted & ~labels).sum(1))
-    assert_allclose(table["alert_rate"], 1 - np.arange(81) / 81, atol=0.002)
+    assert_allclose(table["alert_rate"], 1 - np.arange(81) / 81, atol=0.003)
     assert summary["exact"]["f1"] >= summary["best"]["f1"] == table["f1"].max()
 
 
@@ -610,7 +684,7 @@ def test_default_optimum_is_near_one_half_for_most_seeds():
     hits = 0
     for seed in range(100):
         table = table_of(*simulate_scores(10_000, 0.3, "balanced", seed))
-        best = table[find_best(table, Objective(), "the table")]
+        best = table[find_best(table, Objective())]
         hits += 0.48 <= best.threshold <= 0.52 and 0.85 <= measure("f1", best, Objective()) <= 0.90
     assert hits >= 90, f"{hits} of 100 seeds"
 
@@ -640,7 +714,7 @@ def test_smallest_simulation_is_answered(tmp_path):
         ("--metric youden_j", "pays", "false_alarms"),
         ("--metric youden_j --prevalence 0.9", "pays", "misses"),
         ("--metric cost --fn-cost 5", "pays", None),
-        ("--metric cost --fn-cost 5 --prevalence 0.05", "does_not_pay", "misses"),
+        ("--metric cost --fn-cost 5 --prevalence 0.05", "pays", "misses"),
     ],
 )
 def test_verdicts_follow_from_the_run(tmp_path, arguments, verdict, error):
