@@ -5,7 +5,7 @@
     python part1_threshold.py --scores FILE.csv --positive yes  your own scores
 
 The first takes about 2 s on two CPU cores. Of 10,000 simulated cases F1 is best at 0.49:
-0.8676 (95 % interval 0.8584 to 0.8773), and 0.8655 at the default 0.5; ROC AUC 0.9698. It
+0.8676 (95 % interval 0.8573 to 0.8763), and 0.8655 at the default 0.5; ROC AUC 0.9698. It
 writes summary.json (every number), thresholds.csv (81 thresholds, all metrics), scores.csv
 (simulated scores only) and the plots 01_... to 05_...png into outputs/part1.
 
@@ -34,8 +34,9 @@ from utils import BLACK, BLUE, GREEN, ORANGE, PURPLE, RED, SKY, UserError, say, 
 # Division, not a step of 0.01: each value is the float that "0.37" reads as.
 GRID = np.arange(10, 91) / 100
 TOLERANCE = 1e-12  # values closer than this are equally good
-REPLICATES = 2000  # of the bootstrap
+REPLICATES = 2000  # tables that are drawn for each interval
 LEVELS = (0.025, 0.975)  # of every 95 % interval
+RATES = ("precision", "recall", "specificity", "alert_rate")  # with intervals, whatever is best
 LIMITS = {"min_precision": "precision", "min_recall": "recall", "max_alert_rate": "alert_rate"}
 BALANCES = (0.05, 0.10, 0.30, 0.50)  # shares of positives in step 6
 BINS = 10  # of the calibration error
@@ -72,7 +73,7 @@ class Result:
     table: Counts  # at the T thresholds to choose from
     columns: dict  # what thresholds.csv holds: (T,) each
     chosen: int  # index in the table
-    bands: dict  # 95 % bootstrap band of each metric that is drawn: (2, T)
+    bands: dict  # 95 % band of each metric that is drawn: (2, T)
     summary: dict  # what summary.json holds
 
     def fill(self, text, **more):
@@ -129,8 +130,8 @@ def analyse(labels, scores, objective, exact=False, share=0.5, seed=0, source=""
     kind, table = lay_table(every, optimum, scores.dtype, objective)
     chosen = find_best(table, objective)
     columns = tabulate(table, objective)
-    drawn = bootstrap(table, objective, chosen, seed)
-    choice = describe_choice(table, columns, objective, chosen, drawn)
+    drawn = certainty(table, objective, chosen, seed)
+    choice = describe_choice(table, columns, objective, chosen, drawn, seed)
     theory = check_theory(every, choice["best"], objective)
     summary = {
         "source": source,
@@ -144,8 +145,11 @@ def analyse(labels, scores, objective, exact=False, share=0.5, seed=0, source=""
         "small_loss": small_loss(table, objective),
         **areas(every, objective),
         **choice,
-        "constraints": {name: getattr(objective, name) for name in LIMITS},
-        "bootstrap": {key: drawn[key] for key in ("replicates", "dropped")},
+        "limits": {
+            name: {"limit": limit, "probability": drawn["probability"][name]}
+            for name, limit in objective.limits.items()
+        },
+        "replicates": REPLICATES,
         "holdout": check_holdout(table, objective, share, seed),
         "exact": describe_exact(
             shortened(every, np.array([optimum]), scores.dtype), choice["best"], objective
@@ -485,9 +489,9 @@ def eligible(good, missing):
 
 
 def middle_best(values):
-    """Index of the best of ``values``, shape (T,); of equally good ones, the middle one."""
-    tied = np.flatnonzero(values >= values.max() - TOLERANCE)
-    return int(tied[(tied.size - 1) // 2])
+    """Index of the best along the last axis; of equally good ones, the middle one."""
+    tied = (values >= values.max(-1, keepdims=True) - TOLERANCE).cumsum(-1)
+    return (tied >= (tied[..., -1:] + 1) // 2).argmax(-1)
 
 
 def find_best(counts, objective):
@@ -516,45 +520,47 @@ def range_around(chosen, values, loss, threshold):
     return {"low": threshold[gaps[after - 1]], "high": threshold[gaps[after] - 2]}
 
 
-def describe_choice(table, columns, objective, chosen, drawn):
+def describe_choice(table, columns, objective, chosen, drawn, seed):
     """The chosen threshold with its intervals, beside 0.5 and the other metrics' choices."""
     default, metric, missing = table.half, objective.metric, shortfall(table, objective)
     loss = small_loss(table, objective)
     best = row(columns, chosen, metric)
-    best["threshold_interval"] = drawn["threshold"]
-    best["value_interval"] = drawn["value"]
-    best["value_corrected"] = best["value"] - objective.sign * drawn["optimism"]
+    best |= {f"{name}_interval": ends for name, ends in drawn["intervals"].items()}
+    best["value_interval"] = best[f"{metric}_interval"]
+    best["value_corrected"] = best["value"] - drawn["luck"][metric]
     found = {m: eligible(METRICS[m].sign * columns[m], missing) for m in METRICS}
     own = {m: row(columns, middle_best(v), m) for m, v in found.items() if np.isfinite(v).any()}
     values = found[metric]
+    plateau = range_around(chosen, values, TOLERANCE, table.threshold)
+    ties = np.append(best["threshold_interval"], [*plateau.values()])  # as good in each table
+    best["threshold_interval"] = [ties.min(), ties.max()]
     choice = {"best": best, "default": None, "gain": None}
     if default is not None:
         choice["default"] = row(columns, default, metric)
-        choice["gain"] = weigh_gain(
-            best, choice["default"], values[default], objective, drawn, loss
-        )
+        keeps_limits = np.isfinite(values[default])
+        gain = gain_over(table, objective, chosen, default, seed)
+        choice["gain"] = weigh(gain, loss, table.n, keeps_limits)
     return choice | {
         "by_metric": {m: own.get(m) for m in METRICS},
-        "plateau": range_around(chosen, values, TOLERANCE, table.threshold),
+        "plateau": plateau,
         "near_optimal": range_around(chosen, values, loss, table.threshold),
     }
 
 
-def weigh_gain(best, default, eligible_value, objective, drawn, loss):
-    """What the choice gains over 0.5, and whether that pays: None if 0.5 breaks a limit."""
-    value = objective.sign * (best["value"] - default["value"])
-    corrected, interval = value - drawn["optimism"], drawn["gain"] - drawn["optimism"]
-    verdict = "pays" if corrected > loss else "does_not_pay"
-    if interval[0] <= 0:
-        verdict = "cannot_tell" if value > TOLERANCE else "does_not_pay"
-    keeps_limits = bool(np.isfinite(eligible_value))
-    return {
-        "value": value,
-        "interval": drawn["gain"],
-        "corrected": corrected,
-        "corrected_interval": interval,
-        "default_keeps_limits": keeps_limits,
+def weigh(gain, loss, n, keeps_limits):
+    """The gain over 0.5 with a verdict: None where 0.5 breaks a limit.
+
+    Roughly how many cases would tell, where these cannot: an interval shrinks by their root.
+    """
+    (low, high), corrected = gain["corrected_interval"], gain["corrected"]
+    verdict = "pays" if low > 0 and corrected > loss else "cannot_tell"
+    verdict = "does_not_pay" if high < loss else verdict
+    end, goal = (low, 0) if corrected > loss else (high, loss)
+    needed = n * max(1.1, ratio(end - corrected, goal - corrected) ** 2)
+    return gain | {
+        "default_keeps_limits": bool(keeps_limits),
         "verdict": verdict if keeps_limits else None,
+        "cases_needed": needed if keeps_limits and verdict == "cannot_tell" else None,
     }
 
 
@@ -572,7 +578,7 @@ def headline(result):
     verdicts = {
         "pays": "worth having.",
         "does_not_pay": "too small to leave 0.5 for.",
-        "cannot_tell": "it could be zero; keep 0.5 unless the errors have unequal costs.",
+        "cannot_tell": "these cases cannot tell; roughly {needed:,.0f} could.",
     }
     text = "Best threshold for {name}{where}: {best[threshold]:t} ({name} {best[value]:.4f}, 95 % "
     text += "interval {best[value_interval][0]:.4f} to {best[value_interval][1]:.4f}). "
@@ -583,11 +589,12 @@ def headline(result):
     else:
         text += (
             "The default 0.5 reaches {default[value]:.4f}. Corrected for the optimism of choosing "
-            "and scoring on the same cases, the gain is {gain[corrected]:+.4f} (95 % interval "
-            "{gain[corrected_interval][0]:+.4f} to {gain[corrected_interval][1]:+.4f}): "
+            "and scoring on the same cases, the gain is {gain[corrected]:+z.4f} (95 % interval "
+            "{gain[corrected_interval][0]:+z.4f} to {gain[corrected_interval][1]:+z.4f}): "
         ) + verdicts[gain["verdict"]]
     where = f" where {100 * share:.4g} % of the cases are positive" if share else ""
-    return result.fill(text, where=where)
+    needed = float(f"{(gain or {}).get('cases_needed') or 0:.1e}")
+    return result.fill(text, where=where, needed=needed)
 
 
 def tell_choice(result):
@@ -633,44 +640,91 @@ def tell_trade_off(result):
 
 
 # %% 4. How certain this is
-def resample(cells, seed):
-    """Cells (2, T + 1) of up to REPLICATES resamples of the cases; shape (R, 2, T + 1).
+def draw(table, objective, cuts, seed):
+    """Tables that the population may have, given the cases, and the choice in each.
 
-    Drawing n cases with replacement is one multinomial draw over the cells, whatever n is.
-    Without one class there is no recall: such resamples are left out.
+    Bayesian bootstrap (Rubin 1981): a Gamma draw for each cell of the counts gives its share.
+    The thresholds ``cuts`` cut each class into parts, and each part has half a case more
+    (Jeffreys' prior): that no error was seen does not mean that none is possible. The time
+    does not depend on the number of cases.
+
+    Returns
+    -------
+    drawn : Counts
+        Of shape (REPLICATES, T).
+    picks : ndarray of int, shape (REPLICATES,)
+        The threshold chosen in each; the first of ``cuts`` where none keeps the limits.
     """
-    rng = np.random.default_rng(utils.derive_seed(seed, 1))
-    drawn = rng.multinomial(cells.sum(), cells.ravel() / cells.sum(), size=REPLICATES)
-    drawn = drawn.reshape(REPLICATES, *cells.shape)
-    return drawn[(drawn.sum(-1) > 0).all(-1)]
+    weights = table.cells().astype(float)
+    weights[:, [0, *(cut + 1 for cut in sorted(cuts)[:-1]), -1]] += 0.5
+    rng = np.random.default_rng(utils.derive_seed(seed, 1, *cuts))
+    drawn = table.redrawn(rng.standard_gamma(weights, (REPLICATES, *weights.shape)))
+    values = eligible(goodness(drawn, objective), shortfall(drawn, objective))
+    return drawn, np.where(np.isfinite(values).any(-1), middle_best(values), cuts[0])
 
 
-def bootstrap(table, objective, chosen, seed):
-    """Intervals from resampling all cases with replacement (Efron and Tibshirani 1993).
+def luck(drawn, seen, picks, chosen):
+    """By how much choosing and scoring on the same cases flatters a metric.
 
-    The optimism of choosing and scoring on the same cases is estimated as by Harrell, Lee
-    and Mark (1996); taking it off the gain's interval, too (Noma et al. 2021), keeps false
-    claims of a gain below 5 %. The dict holds 95 % intervals of the ``threshold`` (chosen
-    again in each replicate), of the ``value`` at index ``chosen`` and of its paired ``gain``
-    over 0.5; ``optimism``, in the direction of better; ``bands``, (2, T) for each metric drawn.
+    Harrell, Lee and Mark (1996): the threshold picked in each drawn table, there and by the
+    counts ``seen``; both beside the chosen threshold, whose own excess is chance.
     """
-    counts, half = table.redrawn(resample(table.cells(), seed)), table.half
-    good = goodness(counts, objective)
-    values = eligible(good, shortfall(counts, objective))
-    usable = np.isfinite(values).any(-1)  # a replicate may miss the limits everywhere
-    good, picks = good[usable], np.array([*map(middle_best, values[usable])])
-    # The chosen threshold's own excess is zero but for chance: less noise without it.
-    excess = good - goodness(table, objective)
-    drawn = {*CURVES, *COMPARED, objective.metric}
-    return {
-        "replicates": picks.size,
-        "dropped": REPLICATES - picks.size,
-        "threshold": np.quantile(table.threshold[picks], LEVELS, method="inverted_cdf"),
-        "value": np.sort(objective.sign * np.quantile(good[:, chosen], LEVELS)) + 0.0,  # no -0.0
-        "gain": None if half is None else np.quantile(good[:, chosen] - good[:, half], LEVELS),
-        "optimism": (excess[np.arange(picks.size), picks] - excess[:, chosen]).mean(),
-        "bands": {m: np.quantile(measure(m, counts, objective), LEVELS, axis=0) for m in drawn},
-    }
+    there = drawn[np.arange(picks.size), picks] - drawn[:, chosen]
+    return there.mean() - (seen[picks] - seen[chosen]).mean()
+
+
+def ends(draws, seen, lucky, low=-np.inf, high=np.inf):
+    """95 % interval of a quantity from its draws, longer on the side of luck, in [low, high].
+
+    How much of the choice was luck is unknown: one end counts on all of it, the other on none.
+    What was seen is inside: where no error was, it ends at none (Brown, Cai, DasGupta 2001).
+    """
+    lower, upper = np.quantile(draws, LEVELS) - (max(lucky, 0), min(lucky, 0))
+    return np.array([min(max(lower, low), seen), max(min(upper, high), seen)]) + 0.0  # no -0.0
+
+
+def certainty(table, objective, chosen, seed):
+    """What the counts leave open at the chosen threshold.
+
+    Returns
+    -------
+    dict
+        95 % ``intervals`` of the threshold (chosen again in each drawn table) and of metrics at
+        the chosen one, the ``luck`` in those metrics, the ``probability`` that the population
+        keeps each limit, and (2, T) ``bands`` of the metrics.
+    """
+    drawn, picks = draw(table, objective, [chosen], seed)
+    found = {"intervals": {}, "luck": {}, "bands": {}, "probability": {}}
+    thresholds = np.quantile(table.threshold[picks], LEVELS, method="inverted_cdf")
+    found["intervals"]["threshold"] = thresholds
+    for metric in {*CURVES, *COMPARED, *RATES, objective.metric}:
+        draws, seen = measure(metric, drawn, objective), measure(metric, table, objective)
+        lucky = luck(draws, seen, picks, chosen)
+        at, extremes = draws[:, chosen], (draws.min(), draws.max())
+        found["intervals"][metric] = ends(at, seen[chosen], lucky, *extremes)
+        found["luck"][metric] = lucky
+        found["bands"][metric] = np.quantile(draws, LEVELS, axis=0)
+    for name, limit in objective.limits.items():
+        rate = LIMITS[name]
+        expected = measure(rate, drawn, objective)[:, chosen] - found["luck"][rate]
+        kept = expected <= limit if name.startswith("max") else expected >= limit
+        found["probability"][name] = kept.mean()
+    return found
+
+
+def gain_over(table, objective, chosen, other, seed):
+    """How much better the chosen threshold is than another one, which was not chosen.
+
+    Where no threshold is better than another, the drawn tables, which take the counts for the
+    truth, show 1 / sqrt(2) of the luck: the interval allows for all of it.
+    """
+    drawn, picks = draw(table, objective, [chosen, other], seed)
+    draws, seen = goodness(drawn, objective), goodness(table, objective)
+    lucky, value = luck(draws, seen, picks, chosen), seen[chosen] - seen[other]
+    interval = ends(draws[:, chosen] - draws[:, other], value, np.sqrt(2) * lucky)
+    if chosen == other:
+        lucky, interval = 0.0, np.zeros(2)
+    return {"value": value, "corrected": value - lucky, "corrected_interval": interval}
 
 
 def hold_out(cells, share, seed):
@@ -705,15 +759,20 @@ def tell_certainty(result):
     """How far the threshold and its value may be off."""
     best, held, gain = (result.summary[key] for key in ("best", "holdout", "gain"))
     yield result.fill(
-        "Chosen again on {bootstrap[replicates]:,} resamples of the cases, the threshold lies "
-        "between {best[threshold_interval][0]:t} and {best[threshold_interval][1]:t} (95 %). "
-        "From {near_optimal[low]:t} to {near_optimal[high]:t} the value is within "
+        "In {replicates:,} tables that the population may have, given these cases, the best "
+        "threshold lies between {best[threshold_interval][0]:t} and "
+        "{best[threshold_interval][1]:t} (95 %). From {near_optimal[low]:t} to "
+        "{near_optimal[high]:t} the value is within "
         "{small_loss:.3g} of the best. Corrected for optimism it is {best[value_corrected]:.4f}."
     )
     if np.ptp(best["threshold_interval"]) > 0.1:
         yield "That interval of the threshold is wide: label more cases to narrow it."
-    if result.summary["bootstrap"]["dropped"]:
-        yield result.fill("{bootstrap[dropped]:,} more resamples had no usable threshold.")
+    for name, found in result.summary["limits"].items():
+        sense = "at most" if name.startswith("max") else "at least"
+        yield (
+            f"That the population has {METRICS[LIMITS[name]].name} {sense} {found['limit']:g} at "
+            f"this threshold is {found['probability']:.0%} probable."
+        )
     if held is None:
         yield "There are too few cases to choose on one part and score on the other."
         return
@@ -871,7 +930,7 @@ def plot_thresholds(plt, result, points, title):
     axes.axvline(best, color=RED, lw=1, label=result.fill(CHOSEN))
     if result.table.probabilities:
         axes.axvline(0.5, color="gray", lw=1.5, ls=":", label="default 0.5")
-    axes.set(xlabel="threshold", ylabel="value, with 95 % bootstrap band", title=title)
+    axes.set(xlabel="threshold", ylabel="value, with 95 % band", title=title)
     return figure
 
 

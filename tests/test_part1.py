@@ -23,10 +23,11 @@ from part1_threshold import (
     Metric,
     Objective,
     analyse,
-    bootstrap,
     calibration,
+    certainty,
     count_every_score,
     find_best,
+    gain_over,
     hold_out,
     lay_table,
     measure,
@@ -318,7 +319,7 @@ def test_constraint_is_kept_and_the_best_of_the_rest_chosen(tmp_path, column, op
     assert allowed.any() and not allowed[table["f1"].argmax()]
     assert summary["best"]["f1"] == table["f1"][allowed].max()
     assert low - 1e-12 <= summary["best"][column] <= high + 1e-12
-    assert summary["constraints"][option] == limit
+    assert summary["limits"][option]["limit"] == limit
 
 
 def test_impossible_constraint_tells_the_closest_attainable(tmp_path, capsys):
@@ -407,12 +408,13 @@ def test_large_scores_keep_their_digits(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("metric", ["f1", "cost"])
-def test_bootstrap_agrees_with_resampling_the_rows(metric):
-    """Against 2,000 real resamples of 300 rows; the gain is paired."""
+def test_intervals_agree_with_resampling_the_rows(metric):
+    """Against 2,000 real resamples of 300 rows; at a threshold chosen beforehand."""
     labels, scores = sample(300, seed=3)
     objective, sign, chosen = Objective(metric, fn_cost=2), METRICS[metric].sign, HALF - 3
     table = table_of(labels, scores)
-    found = bootstrap(table, objective, chosen, 0)
+    found = certainty(table, objective, chosen, 0)
+    gain = gain_over(table, objective, chosen, HALF, 0)
 
     rng = np.random.default_rng(99)
     rows = rng.integers(0, 300, (2000, 300))
@@ -422,27 +424,71 @@ def test_bootstrap_agrees_with_resampling_the_rows(metric):
     sizes = ((weights @ y)[:, None] for y in (labels, ~labels))
     values = sign * measure(metric, Counts(GRID, tp, fp, *sizes), objective)
     whole = sign * measure(metric, table, objective)
-    value, gain = values[:, chosen], values[:, chosen] - values[:, HALF]
+    value, gains = values[:, chosen], values[:, chosen] - values[:, HALF]
     best = values >= values.max(1, keepdims=True) - 1e-12
     picks = np.array([ties[(ties.size - 1) // 2] for ties in map(np.flatnonzero, best)])
     ends = partial(np.quantile, q=[0.025, 0.975])
 
     # An end of two such intervals differs by about 0.09 standard deviations.
-    assert_allclose(np.sort(sign * found["value"]), ends(value), atol=0.3 * value.std())
-    assert_allclose(found["gain"], ends(gain), atol=0.3 * gain.std())
-    unpaired = ends(value - rng.permutation(values[:, HALF]))
-    assert np.ptp(found["gain"]) < 0.6 * np.ptp(unpaired)
-    assert_allclose(found["threshold"], ends(GRID[picks]), atol=0.021)
-    optimism = (values[np.arange(2000), picks] - whole[picks]).mean()
-    assert found["optimism"] == pytest.approx(optimism, abs=5 * value.std() / 2000**0.5)
-    assert (found["replicates"], found["dropped"]) == (2000, 0)
+    band = sign * found["bands"][metric][:, chosen]
+    assert_allclose(np.sort(band), ends(value), atol=0.3 * value.std())
+    luck = (values[np.arange(2000), picks] - whole[picks]).mean() - (value - whole[chosen]).mean()
+    assert sign * found["luck"][metric] == pytest.approx(luck, abs=0.1 * value.std())
+    low, high = ends(gains)  # longer on the side of luck
+    assert low - 2 * luck - 0.3 * gains.std() < gain["corrected_interval"][0] < low
+    assert gain["corrected_interval"][1] == pytest.approx(high, abs=0.3 * gains.std())
+    assert_allclose(found["intervals"]["threshold"], ends(GRID[picks]), atol=0.03)
 
 
-def test_gain_over_itself_is_zero_and_replicates_without_a_class_are_counted():
-    labels, scores = np.arange(8) == 0, np.linspace(0.2, 0.9, 8)
-    found = bootstrap(table_of(labels, scores), Objective(), HALF, 0)
-    assert np.all(found["gain"] == 0) and found["replicates"] + found["dropped"] == 2000
-    assert found["dropped"] == pytest.approx(2000 * (7 / 8) ** 8, abs=100)
+def test_only_the_gain_of_the_default_over_itself_is_certain():
+    """Where no error was seen, the interval ends at none, but has a width."""
+    labels, scores = np.arange(8) == 7, np.linspace(0.2, 0.9, 8)
+    table = table_of(labels, scores)
+    same = gain_over(table, Objective(), HALF, HALF, 0)
+    assert same["value"] == same["corrected"] == 0 == np.ptp(same["corrected_interval"])
+    found = summary_of(labels, scores, Objective())["best"]
+    for metric in "value", "precision", "recall", "specificity":
+        low, high = found[f"{metric}_interval"]
+        assert low < 0.95 and high == found[metric] == 1, metric
+
+
+def test_three_cases_without_an_error_are_no_certainty():
+    """Clopper-Pearson for two of two hits is 0.158 to 1, for one of one rejections 0.025 to 1."""
+    labels, scores = np.array([False, True, True]), np.array([0.2, 0.45, 0.48])
+    best = summary_of(labels, scores, Objective())["best"]
+    assert best["recall_interval"][0] < 0.4 and best["specificity_interval"][0] < 0.2
+    assert best["value_interval"][0] < 0.6 and best["value_interval"][1] == 1
+    assert best["threshold_interval"] == [0.21, 0.45]
+
+
+def test_no_false_alarm_seen_at_a_low_prevalence_is_not_none_possible(tmp_path):
+    """The tails of the Beta distributions give F1 0.175 at the chosen 0.78."""
+    best = run(tmp_path, "--prevalence", 0.0001, "--seed", 2)[0]["best"]
+    assert best["threshold"] == 0.78 and best["value_interval"][0] < 0.175 < best["value"]
+    assert best["precision_interval"][0] < 0.1
+
+
+def test_a_limit_has_the_probability_with_which_the_population_keeps_it():
+    """Of 200 samples, about as many keep the limit as the runs say on average."""
+    limit, kept, stated = 0.9, [], []
+    hits, alarms = (
+        simulate_scores(200_000, 0.3, "balanced", 9)[1][labels]
+        for labels in (
+            simulate_scores(200_000, 0.3, "balanced", 9)[0],
+            ~simulate_scores(200_000, 0.3, "balanced", 9)[0],
+        )
+    )
+    hits.sort(), alarms.sort()
+    for seed in range(200):
+        labels, scores = simulate_scores(300, 0.3, "balanced", seed)
+        table = table_of(labels, scores, objective := Objective(min_precision=limit))
+        chosen = find_best(table, objective)
+        tp = hits.size - hits.searchsorted(table.threshold[chosen])
+        fp = alarms.size - alarms.searchsorted(table.threshold[chosen])
+        kept.append(tp / (tp + fp) >= limit)
+        stated.append(certainty(table, objective, chosen, seed)["probability"]["min_precision"])
+    assert np.mean(stated) == pytest.approx(np.mean(kept), abs=0.1)
+    assert 0.2 < np.mean(kept) < 0.8
 
 
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.75])
@@ -665,7 +711,7 @@ def test_summary_agrees_with_the_table(default_run):
         assert entry["value"] == pytest.approx(best, abs=1e-12)
     best, gain = summary["best"], summary["gain"]
     assert gain["value"] == pytest.approx(best["f1"] - summary["default"]["f1"])
-    assert gain["interval"][0] < gain["value"] < gain["interval"][1]
+    assert gain["corrected_interval"][0] < gain["value"] < gain["corrected_interval"][1]
     assert best["value_interval"][0] < best["f1"] < best["value_interval"][1]
     assert best["threshold_interval"][0] <= best["threshold"] <= best["threshold_interval"][1]
 
@@ -708,13 +754,14 @@ def test_smallest_simulation_is_answered(tmp_path):
     [
         ("", "cannot_tell", None),
         ("--seed 1", "cannot_tell", None),
+        ("--n-samples 100000", "does_not_pay", None),
         ("--min-recall 0.97", None, "false_alarms"),
         ("--min-precision 0.97", None, "misses"),
         ("--scenario underconfident", "pays", None),
-        ("--metric youden_j", "pays", "false_alarms"),
-        ("--metric youden_j --prevalence 0.9", "pays", "misses"),
+        ("--metric youden_j", "cannot_tell", "false_alarms"),
+        ("--metric youden_j --prevalence 0.9", "cannot_tell", "misses"),
         ("--metric cost --fn-cost 5", "pays", None),
-        ("--metric cost --fn-cost 5 --prevalence 0.05", "pays", "misses"),
+        ("--metric cost --fn-cost 5 --prevalence 0.05", "cannot_tell", "misses"),
     ],
 )
 def test_verdicts_follow_from_the_run(tmp_path, arguments, verdict, error):
@@ -808,12 +855,38 @@ def test_a_run_needs_neither_torch_nor_sklearn_and_ends_with_a_status(tmp_path):
     assert re.fullmatch(r"error: [^\n]*no\.csv[^\n]*\n", done.stderr)
 
 
-def test_a_gain_is_rarely_claimed_where_there_is_none(monkeypatch):
-    """0.5 is best for these scores: at most 2.5 % of the verdicts should be false."""
+@pytest.mark.parametrize("metric", ["youden_j", "mcc", "balanced_accuracy"])
+def test_a_gain_is_rarely_claimed_of_scores_without_skill(monkeypatch, metric):
     monkeypatch.setattr(part1, "REPLICATES", 400)
     claims = 0
-    for seed in range(100):
-        labels, scores = simulate_scores(1000, 0.3, "balanced", seed)
-        gain = summary_of(labels, scores, Objective(), seed=seed)["gain"]
+    for seed in range(60):
+        rng = np.random.default_rng(seed)
+        labels, scores = rng.random(300) < 0.3, rng.beta(4, 4, 300)
+        gain = summary_of(labels, scores, Objective(metric), seed=seed)["gain"]
         claims += gain["corrected_interval"][0] > 0
-    assert claims <= 7  # binomial: more than 7 of 100 at 2.5 % has a chance of 0.4 %
+    assert claims <= 7  # binomial: more than 7 of 60 at 5 % has a chance of 1.5 %
+
+
+def test_a_true_gain_is_found(monkeypatch):
+    monkeypatch.setattr(part1, "REPLICATES", 400)
+    for seed in range(10):
+        data = simulate_scores(1000, 0.3, "underconfident", seed)
+        assert summary_of(*data, Objective(), seed=seed)["gain"]["verdict"] == "pays"
+
+
+@pytest.mark.parametrize(
+    "interval, corrected, verdict, needed",
+    [
+        ([0.01, 0.03], 0.02, "pays", None),
+        ([-0.001, 0.004], 0.001, "does_not_pay", None),
+        ([0.001, 0.004], 0.002, "does_not_pay", None),
+        ([-0.02, 0.06], 0.02, "cannot_tell", 4),  # twice as narrow, it would not reach 0
+        ([-0.02, 0.02], 0.001, "cannot_tell", (0.019 / 0.004) ** 2),
+    ],
+)
+def test_the_verdict_follows_from_the_interval(interval, corrected, verdict, needed):
+    gain = {"corrected": corrected, "corrected_interval": interval}
+    found = part1.weigh(gain, loss=0.005, n=100, keeps_limits=True)
+    assert found["verdict"] == verdict
+    assert found["cases_needed"] == (needed and pytest.approx(100 * needed))
+    assert part1.weigh(gain, 0.005, 100, keeps_limits=False)["verdict"] is None
