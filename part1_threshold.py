@@ -39,7 +39,7 @@ LEVELS = (0.025, 0.975)  # of every 95 % interval
 RATES = ("precision", "recall", "specificity", "alert_rate")  # with intervals, whatever is best
 LIMITS = {"min_precision": "precision", "min_recall": "recall", "max_alert_rate": "alert_rate"}
 BALANCES = (0.05, 0.10, 0.30, 0.50)  # shares of positives in step 6
-BINS = 10  # of the calibration error
+BINS = 10  # groups of the calibration error
 
 
 # %% The story
@@ -73,6 +73,7 @@ class Result:
     table: Counts  # at the T thresholds to choose from
     columns: dict  # what thresholds.csv holds: (T,) each
     chosen: int  # index in the table
+    reliability: dict | None  # isotonic curve, where the scores are probabilities
     bands: dict  # 95 % band of each metric that is drawn: (2, T)
     summary: dict  # what summary.json holds
 
@@ -132,7 +133,10 @@ def analyse(labels, scores, objective, exact=False, share=0.5, seed=0, source=""
     columns = tabulate(table, objective)
     drawn = certainty(table, objective, chosen, seed)
     choice = describe_choice(table, columns, objective, chosen, drawn, seed)
-    theory = check_theory(every, choice["best"], objective)
+    probabilities, shape = None, None
+    if every.probabilities:
+        theory = check_theory(every, table, choice["best"], objective, seed)
+        probabilities, shape = calibration(every, seed) | theory, reliability(every, seed)
     summary = {
         "source": source,
         "scenario": scenario,
@@ -156,13 +160,13 @@ def analyse(labels, scores, objective, exact=False, share=0.5, seed=0, source=""
         )
         if exact
         else None,
-        "calibration": calibration(labels, scores) | theory if every.probabilities else None,
+        "calibration": probabilities,
         "balances": other_balances(table),
         "dominant_error": dominant_error(table[[chosen]], objective),
     }
     curve = every[np.unique(np.linspace(0, every.threshold.size - 1, 2000).astype(int))]
     bands = drawn["bands"]
-    return Result(labels, scores, objective, curve, table, columns, chosen, bands, summary)
+    return Result(labels, scores, objective, curve, table, columns, chosen, shape, bands, summary)
 
 
 def narrate(result):
@@ -785,17 +789,75 @@ def tell_certainty(result):
 
 
 # %% 5. Are the scores probabilities?
-def calibration(labels, scores):
-    """Expected calibration error over ten equal-width bins (Naeini et al. 2015), and the bins."""
-    index = np.minimum((scores * BINS).astype(np.int8), BINS - 1)
-    count, positive, total = (np.bincount(index, weights=w) for w in (None, labels, scores))
-    held = count > 0
-    count, share, score = count[held], positive[held] / count[held], total[held] / count[held]
-    ece = (count * abs(share - score)).sum() / count.sum()
-    return {"ece": ece, "bins": {"count": count, "score": score, "share": share}}
+def equal_groups(every, number):
+    """Up to ``number`` groups of about equally many cases by score; equal scores stay together.
+
+    Returns
+    -------
+    ndarray of float, shape (4, G)
+        Of each group the cases, the positives and the sums of s and s (1 - s). Of perfectly
+        calibrated scores s, the last two are mean and variance of the number of positives.
+    """
+    below = every.n - every.tp - every.fp  # rises from 0 to n
+    start = np.searchsorted(below, np.arange(number) * every.n / number)
+    start = np.unique(start[start < below.size - 1])
+    total = np.diff(below) * every.threshold[:-1]
+    sums = np.add.reduceat(total, start)
+    total *= every.threshold[:-1]
+    counts = (-np.diff(reaching[np.append(start, -1)]) for reaching in (-below, every.tp))
+    return np.array([*counts, sums, sums - np.add.reduceat(total, start)])
 
 
-def check_theory(every, best, objective):
+def by_chance(groups, number, seed):
+    """Positives of each group if the scores were perfectly calibrated; shape (number, G).
+
+    A binomial draw of the same mean and, but for rounding, the same variance stands for the
+    sum of independent cases of unequal chances.
+    """
+    mean, variance = groups[2:]
+    trials = np.ceil(mean**2 / np.maximum(mean - variance, 1e-300)).clip(np.ceil(mean), 2.0**62)
+    rng = np.random.default_rng(utils.derive_seed(seed, 3, groups.shape[1]))
+    return rng.binomial(trials.astype(np.int64), ratio(mean, trials), (number, mean.size))
+
+
+def calibration(every, seed):
+    """Expected calibration error, and what chance alone makes of that of calibrated scores.
+
+    The mean distance of the share of positives from the mean score (Naeini et al. 2015), over
+    ten groups of equal size: groups of equal width can hold all cases, whose errors cancel out.
+    """
+    groups = equal_groups(every, BINS)
+
+    def error(positives):
+        return abs(positives - groups[2]).sum(-1) / every.n
+
+    chance, ece = by_chance(groups, REPLICATES, seed), error(groups[1])
+    interval = np.quantile(error(chance), LEVELS)
+    found = {"ece": ece, "ece_by_chance": interval, "miscalibrated": bool(ece > interval[1])}
+    return found | {"groups": groups.shape[1]}
+
+
+def reliability(every, seed):
+    """The isotonic curve, and its band if scores were calibrated (Dimitriadis et al. 2021)."""
+    groups = equal_groups(every, 1000)
+    count, positives, total, _ = groups
+    drawn = [isotonic(row, count) for row in by_chance(groups, 200, seed)]
+    band = np.quantile(drawn, LEVELS, axis=0)
+    return {"score": total / count, "share": isotonic(positives, count), "band": band}
+
+
+def isotonic(positives, count):
+    """The rising share of positives nearest to the one seen: pool adjacent violators."""
+    pools = []  # each of them: positives, cases, groups
+    for pool in zip(positives.tolist(), count.tolist(), [1] * count.size):
+        while pools and pools[-1][0] * pool[1] >= pool[0] * pools[-1][1]:
+            pool = tuple(map(sum, zip(pools.pop(), pool)))
+        pools.append(pool)
+    hits, cases, width = np.array(pools).T
+    return np.repeat(hits / cases, width.astype(int))
+
+
+def check_theory(every, table, best, objective, seed):
     """Where calibrated probabilities would have the optimum, and what using it loses.
 
     F1: half the best F1 (Lipton, Elkan and Naryanaswamy 2014). Cost: c_FP / (c_FP + c_FN)
@@ -804,27 +866,44 @@ def check_theory(every, best, objective):
     costs = objective.fp_cost + objective.fn_cost
     expected = {"f1": best["f1"] / 2, "cost": objective.fp_cost / costs}.get(objective.metric)
     if expected is None or objective.limits or objective.prevalence is not None:
-        return {"expected_threshold": None, "expected_loss": None}
-    loss = objective.sign * best["value"] - goodness(every.at([expected]), objective)[0]
-    return {"expected_threshold": expected, "expected_loss": loss}
+        return dict.fromkeys(["expected_threshold", "expected_loss", "expected_loss_interval"])
+    wider = table.joined(every.at([expected]))
+    loss = gain_over(
+        wider, objective, *wider.threshold.searchsorted([best["threshold"], expected]), seed
+    )
+    return {
+        "expected_threshold": expected,
+        "expected_loss": loss["value"],
+        "expected_loss_interval": loss["corrected_interval"],
+    }
 
 
 def tell_calibration(result):
-    """The calibration error, and what the theory of true probabilities says here."""
+    """The calibration error beside chance, and what the theory of true probabilities says."""
     found, objective = result.summary["calibration"], result.objective
     if found is None:
         yield "No: they lie outside [0, 1]."
         return
-    yield result.fill("On average they are off by {calibration[ece]:.3f} (calibration error).")
-    if found["ece"] > 0.05:
-        yield "Calibrate them on held-out cases (Platt scaling, isotonic regression)."
+    yield result.fill(
+        "On average over {calibration[groups]} groups of cases by score, they are off by "
+        "{calibration[ece]:.3f}; perfectly calibrated scores would be off by "
+        "{calibration[ece_by_chance][0]:.3f} to {calibration[ece_by_chance][1]:.3f} by chance. "
+        "{so}",
+        so="So they are not calibrated; calibrate them on held-out cases (Platt scaling, isotonic "
+        "regression)."
+        if found["miscalibrated"]
+        else "That is no sign of miscalibration.",
+    )
     if found["expected_threshold"] is not None:
-        close = found["expected_loss"] <= result.summary["small_loss"]
+        lost = found["expected_loss_interval"][0] > 0
         yield result.fill(
-            "The best threshold of true probabilities would be {rule} = {calibration"
-            "[expected_threshold]:.3f}; here that loses {calibration[expected_loss]:.4f}, {so}.",
+            "The best threshold of true probabilities would be {rule} = "
+            "{calibration[expected_threshold]:.3f}; here that loses "
+            "{calibration[expected_loss]:z.4f} (95 % interval "
+            "{calibration[expected_loss_interval][0]:z.4f} to "
+            "{calibration[expected_loss_interval][1]:z.4f}), {so}.",
             rule="half the best F1" if objective.metric == "f1" else "c_FP / (c_FP + c_FN)",
-            so="close enough" if close else "so these are not calibrated",
+            so="more than chance would" if lost else "which can be chance",
         )
 
 
@@ -964,16 +1043,17 @@ def plot_roc(plt, result):
 
 def plot_reliability(plt, result):
     """Share of positives against the mean score, above the number of cases."""
-    if result.summary["calibration"] is None:
+    if result.reliability is None:
         return None
-    bins = result.summary["calibration"]["bins"]
+    shape = result.reliability
     figure, (axes, below) = plt.subplots(2, sharex=True, figsize=(6.4, 6), height_ratios=(3, 1))
-    axes.plot([0, 1], [0, 1], ":", color="gray", label="perfectly calibrated")
-    axes.plot(bins["score"], bins["share"], "o-", color=BLUE, label="these scores")
+    label = "where calibrated scores would be (95 %)"
+    axes.fill_between(shape["score"], *shape["band"], color="lightgray", lw=0, label=label)
+    axes.plot(shape["score"], shape["share"], color=BLUE, label="these scores (isotonic curve)")
     title = "As probabilities, the scores are off by {calibration[ece]:.3f} on average"
     axes.set(ylabel="share of positives", title=result.fill(title))
-    below.bar(bins["score"], bins["count"], width=0.06, color=SKY)
-    below.set(xlabel="mean score of the cases in each tenth", ylabel="cases", xlim=(0, 1))
+    below.hist(result.scores, np.linspace(0, 1, 51), color=SKY)
+    below.set(xlabel="score", ylabel="cases", xlim=(0, 1))
     return figure
 
 

@@ -189,19 +189,72 @@ def test_metrics_do_not_overflow_at_4_billion_cases_a_class(metric, expected):
 
 @pytest.mark.parametrize("decimals", [None, 1])
 def test_areas_and_calibration_error_equal_sklearn_and_a_loop(decimals):
-    """Without and with ties; a bin has its lower edge, the last also 1.0."""
+    """Without ties in ten groups of 40; with ties a group is one score of one decimal."""
     scores = sample(seed=1, decimals=decimals)[1]
     labels, error = np.random.default_rng(1).random(scores.size) < scores, 0
-    scores[0] = 1
-    for k in range(10):
-        inside = np.array([min(int(s * 10), 9) == k for s in scores.tolist()])
-        if inside.any():
-            error += inside.mean() * abs(labels[inside].mean() - scores[inside].mean())
-    assert calibration(labels, scores)["ece"] == pytest.approx(error)
+    order = np.argsort(scores)
+    groups = np.split(order, 10) if decimals is None else [scores == s for s in set(scores)]
+    for group in groups:
+        error += abs(labels[group].sum() - scores[group].sum()) / scores.size
+    found = calibration(count_every_score(labels, scores), 0)
+    # Rare scores are joined, whose errors can then cancel out.
+    assert found["ece"] == pytest.approx(error, abs=1e-12 if decimals is None else 0.02)
     summary = summary_of(labels, scores, Objective())
     assert summary["roc_auc"] == pytest.approx(sk.roc_auc_score(labels, scores))
     expected = sk.average_precision_score(labels, scores)
     assert summary["average_precision"] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    "low, high, expected", [((1000, 100), (1000, 100), 0.090), ((5000, 90), (5000, 10), 0.016)]
+)
+def test_errors_within_a_tenth_of_the_scores_are_seen(low, high, expected):
+    """All scores are 0.002 or 0.018: in one bin of equal width all errors can cancel out."""
+    sizes, positives = zip(low, high)
+    scores = np.repeat([0.002, 0.018], sizes)
+    labels = np.concatenate([np.arange(n) < k for n, k in zip(sizes, positives)])
+    found = calibration(count_every_score(labels, scores), 0)
+    loop = sum(abs(k - n * s) for (n, k), s in zip((low, high), (0.002, 0.018))) / sum(sizes)
+    assert found["ece"] == pytest.approx(loop)
+    assert (round(found["ece"], 3), found["miscalibrated"]) == (expected, True)
+
+
+CALIBRATED = {  # scores that are true probabilities
+    "logit-normal": lambda rng, n: 1 / (1 + np.exp(-rng.normal(-1, 2.5, n))),
+    "rare": lambda rng, n: rng.beta(0.3, 15, n),
+    "one decimal": lambda rng, n: rng.random(n).round(1),
+    "two scores": lambda rng, n: rng.choice([0.1, 0.8], n, p=[0.9, 0.1]),
+    "certain": lambda rng, n: rng.choice([0.0, 1.0, 0.5], n),
+}
+
+
+@pytest.mark.parametrize("n", [100, 1000])
+@pytest.mark.parametrize("kind", CALIBRATED)
+def test_calibrated_scores_are_rarely_called_miscalibrated(monkeypatch, kind, n):
+    monkeypatch.setattr(part1, "REPLICATES", 400)
+    said = 0
+    for seed in range(100):
+        rng = np.random.default_rng([seed, n])
+        scores = CALIBRATED[kind](rng, n)
+        labels = rng.random(n) < scores
+        said += calibration(count_every_score(labels, scores), seed)["miscalibrated"]
+    assert said <= 9  # binomial: more than 9 of 100 at 5 % has a chance of 2.8 %, at 2.5 % none
+
+
+def test_miscalibrated_scores_are_called_so():
+    for seed in range(20):
+        labels, scores = simulate_scores(1000, 0.3, "underconfident", seed)
+        assert calibration(count_every_score(labels, scores), seed)["miscalibrated"]
+
+
+def test_the_isotonic_curve_equals_sklearns():
+    from sklearn.isotonic import IsotonicRegression
+
+    rng = np.random.default_rng(0)
+    count, positives = rng.integers(1, 9, 200).astype(float), np.arange(200) / 40
+    positives = np.minimum(count, (positives * rng.random(200)).round())
+    expected = IsotonicRegression().fit(x := np.arange(200), positives / count, count).predict(x)
+    assert_allclose(part1.isotonic(positives, count), expected, atol=1e-12)
 
 
 PLAIN = {  # goodness (higher is better) of n cases at threshold t
@@ -523,12 +576,24 @@ def test_holdout_chooses_on_one_part_and_scores_on_the_other():
 
 def test_theory_agrees_with_calibrated_scores_only(tmp_path):
     """c_FP / (c_FP + c_FN) is near the optimum of scores that are probabilities."""
-    arguments = ["--n-samples", 50_000, "--metric", "cost", "--fn-cost", 4, "--scenario"]
+    arguments = [
+        "--n-samples",
+        50_000,
+        "--metric",
+        "cost",
+        "--fp-cost",
+        2,
+        "--fn-cost",
+        2,
+        "--scenario",
+    ]
     right = run(tmp_path / "a", *arguments, "calibrated")[0]["calibration"]
     wrong = run(tmp_path / "b", *arguments, "underconfident")[0]["calibration"]
-    assert right["expected_threshold"] == wrong["expected_threshold"] == 0.2
+    assert right["expected_threshold"] == wrong["expected_threshold"] == 0.5
     assert right["ece"] < 0.01 < wrong["ece"]
     assert right["expected_loss"] < 0.002 < wrong["expected_loss"]
+    assert right["expected_loss_interval"][0] <= 0 < wrong["expected_loss_interval"][0]
+    assert (right["miscalibrated"], wrong["miscalibrated"]) == (False, True)
 
 
 def test_prevalence_is_a_population_with_rows_replicated(tmp_path):
