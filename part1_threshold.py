@@ -7,7 +7,7 @@
 The first takes about 2 s on two CPU cores. Of 10,000 simulated cases F1 is best at 0.49:
 0.8676 (95 % interval 0.8573 to 0.8763), and 0.8655 at the default 0.5; ROC AUC 0.9698. It
 writes summary.json (every number), thresholds.csv (81 thresholds, all metrics), scores.csv
-(simulated scores only) and the plots 01_... to 05_...png into outputs/part1.
+(simulated scores only) and the plots 01_... to 06_...png into outputs/part1.
 
 A case is called positive when ``score >= threshold``. One sort counts the true and false
 positives at every threshold; all else follows from those counts, so that ten million cases
@@ -49,6 +49,7 @@ def main(argv=None):
     a = parse_arguments(argv)
     if a.scores:
         labels, scores = utils.read_scores(a.scores, a.label_column, a.score_column, a.positive)
+        scores = -scores if a.lower_is_positive else scores
         origin = str(a.scores), None
     else:
         labels, scores = simulate_scores(a.n_samples, a.positive_rate, a.scenario, a.seed)
@@ -71,6 +72,7 @@ class Result:
     objective: Objective
     curve: Counts  # at no more than 2,000 of the distinct scores: a curve needs no more
     table: Counts  # at the T thresholds to choose from
+    bars: Counts  # at 61 evenly spaced scores and the chosen threshold
     columns: dict  # what thresholds.csv holds: (T,) each
     chosen: int  # index in the table
     reliability: dict | None  # isotonic curve, where the scores are probabilities
@@ -81,6 +83,13 @@ class Result:
         """Put numbers of the summary, and ``more``, into a text: ``{best[value]:.4f}``."""
         name = METRICS[self.objective.metric].name
         return TEXT.format(text, name=name, **more, **self.summary)
+
+    def counts(self, entry):
+        """Hits and errors of a row of the table, at the prevalence, of as many cases."""
+        n, share = self.summary["n"], self.objective.prevalence
+        pos = n * share if share else self.summary["n_positive"]
+        tp, tn = entry["recall"] * pos, entry["specificity"] * (n - pos)
+        return {"tp": tp, "fn": pos - tp, "tn": tn, "fp": n - pos - tn}
 
 
 class Text(string.Formatter):
@@ -104,6 +113,7 @@ def analyse(labels, scores, objective, exact=False, share=0.5, seed=0, source=""
     labels : ndarray of bool, shape (n,)
         Both classes are present.
     scores : ndarray of float, shape (n,)
+        Higher means positive; their negatives where the objective says that lower does.
     objective : Objective
     exact : bool
         Also search all distinct scores; needed for scores outside [0, 1].
@@ -122,7 +132,9 @@ def analyse(labels, scores, objective, exact=False, share=0.5, seed=0, source=""
         If no score keeps the limits, or scores outside [0, 1] lack ``exact``.
     """
     every = count_every_score(labels, scores)
-    if not (every.probabilities or exact):
+    if objective.lower_is_positive:
+        every = replace(every, probabilities=False)
+    if not (every.probabilities or exact or objective.lower_is_positive):
         raise UserError(
             f"the scores run from {scores.min():.6g} to {scores.max():.6g}: give "
             "probabilities in [0, 1], or add --exact for other scores"
@@ -148,6 +160,7 @@ def analyse(labels, scores, objective, exact=False, share=0.5, seed=0, source=""
         "table": kind,
         "small_loss": small_loss(table, objective),
         **areas(every, objective),
+        "ranking": judge_ranking(every),
         **choice,
         "limits": {
             name: {"limit": limit, "probability": drawn["probability"][name]}
@@ -161,12 +174,16 @@ def analyse(labels, scores, objective, exact=False, share=0.5, seed=0, source=""
         if exact
         else None,
         "calibration": probabilities,
-        "balances": other_balances(table),
-        "dominant_error": dominant_error(table[[chosen]], objective),
+        "balances": other_balances(table, objective),
+        "dominant_error": (error := dominant_error(table[[chosen]], objective)),
+        "suggestion": suggest_limit(table, choice["best"], objective, error),
     }
+    bars = every.at(score_edges(every, table.threshold[chosen]).astype(scores.dtype))
     curve = every[np.unique(np.linspace(0, every.threshold.size - 1, 2000).astype(int))]
     bands = drawn["bands"]
-    return Result(labels, scores, objective, curve, table, columns, chosen, shape, bands, summary)
+    return Result(
+        labels, scores, objective, curve, table, bars, columns, chosen, shape, bands, summary
+    )
 
 
 def narrate(result):
@@ -177,11 +194,11 @@ def narrate(result):
         "What moving the threshold does": tell_trade_off,
         "How certain this is": tell_certainty,
         "Are the scores probabilities?": tell_calibration,
-        "If another share of the cases were positive (F1, no limits)": tell_balances,
+        "If another share of the cases were positive ({name}, no limits)": tell_balances,
         "What the errors of this run suggest": tell_suggestions,
     }
     for step, (title, paragraphs) in enumerate(story.items(), 1):
-        say(f"{step}. {title}")
+        say(f"{step}. {result.fill(title)}")
         for paragraph in paragraphs(result):
             tell(paragraph)
         say("")
@@ -215,11 +232,31 @@ def simulate_scores(n, positive_rate, scenario, seed):
     return labels, 1 / (1 + np.exp(-logits))
 
 
+RANKINGS = {  # what the area under the ROC curve says before anything else
+    "right": "",
+    "reversed": "A positive outscores a negative in only {roc_auc:.1%} of pairs (ROC AUC): {seem} "
+    "scores seem to mean positive. If so, run again {how} --lower-is-positive.",
+    "unclear": "A ROC AUC of {roc_auc:.3f} can be chance here: these scores cannot be told from "
+    "guesses.",
+}
+
+
 def tell_scores(result):
-    """Which cases the run is about."""
-    yield ("Simulated: " if result.summary["scenario"] else "Read from ") + result.fill(
+    """Which cases the run is about, and whether their scores rank them."""
+    summary, lower = result.summary, result.objective.lower_is_positive
+    if text := RANKINGS[summary["ranking"]]:
+        words = {"seem": "high", "how": "without"} if lower else {"seem": "low", "how": "with"}
+        yield result.fill(text, **words)
+    yield ("Simulated: " if summary["scenario"] else "Read from ") + result.fill(
         "{source}; {n:,} cases, {n_positive:,} of them positive; seed {seed}."
     )
+    if lower:
+        yield "A case is called positive when score <= threshold, since low scores mean positive."
+    if share := result.objective.prevalence:
+        yield (
+            f"All that follows is for cases of which {100 * share:.4g} % are positive; counts are "
+            f"of {summary['n']:,} such cases (as observed in summary.json)."
+        )
 
 
 # %% Counting
@@ -369,8 +406,16 @@ class Objective:
     min_precision: float | None = None
     min_recall: float | None = None
     max_alert_rate: float | None = None
+    lower_is_positive: bool = False
 
     sign = property(lambda self: METRICS[self.metric].sign)
+    # Scores of which low ones mean positive are counted as their negatives.
+    orient = property(lambda self: -1.0 if self.lower_is_positive else 1.0)
+
+    @property
+    def one_sided(self):
+        """Whether only one class counts, so that calling everybody or nobody is best."""
+        return self.metric in RATES and not self.limits
 
     @property
     def limits(self):
@@ -446,7 +491,8 @@ def measure(metric, counts, objective):
 
 def tabulate(counts, objective):
     """The columns of thresholds.csv: counts as observed, then every metric; shape (T,)."""
-    observed = {key: getattr(counts, key) for key in ("threshold", "tp", "fp", "fn", "tn")}
+    observed = {"threshold": objective.orient * counts.threshold + 0.0}  # no -0.0
+    observed |= {key: getattr(counts, key) for key in ("tp", "fp", "fn", "tn")}
     return observed | {metric: measure(metric, counts, objective) for metric in METRICS}
 
 
@@ -460,7 +506,28 @@ def areas(every, objective):
     """Areas under the ROC curve (trapezoids) and the precision-recall curve (steps)."""
     recall, precision = (measure(m, every, objective) for m in ("recall", "precision"))
     roc_auc = abs(np.trapezoid(recall, every.fpr))
-    return {"roc_auc": roc_auc, "average_precision": -np.diff(recall) @ precision[:-1]}
+    # Of separable scores the sum can exceed 1 by a rounding error.
+    return {"roc_auc": roc_auc, "average_precision": min(-np.diff(recall) @ precision[:-1], 1.0)}
+
+
+def judge_ranking(every):
+    """Whether high scores mean positive: "right", "reversed" or "unclear" (Mann and Whitney 1947).
+
+    By the area's spread, ties included, if the scores said nothing about the labels.
+    """
+    n, pairs = every.n, 1.0 * every.pos * every.neg
+    ties = -np.diff(1.0 * (every.tp + every.fp))
+    variance = (n + 1 - (ties**3 - ties).sum() / (n * (n - 1))) / (12 * pairs)
+    above = abs(np.trapezoid(every.tpr, every.fpr)) - 0.5
+    if abs(above) <= 1.96 * np.sqrt(max(variance, 0)):
+        return "unclear"
+    return "right" if above > 0 else "reversed"
+
+
+def score_edges(every, chosen):
+    """Sixty-one evenly spaced scores from the lowest to the highest, and the chosen threshold."""
+    low, high = every.threshold[[0, -1]]
+    return np.union1d(np.linspace(low, high, 61), np.clip(chosen, low, high))
 
 
 # %% 2. The best threshold
@@ -513,7 +580,7 @@ def find_best(counts, objective):
     ]
     raise UserError(
         f"no threshold satisfies {' and '.join(given)}; the closest is "
-        f"{closest.threshold.item():.6g} with {', '.join(rates)}: relax a limit"
+        f"{objective.orient * closest.threshold.item():.6g} with {', '.join(rates)}: relax a limit"
     )
 
 
@@ -521,7 +588,8 @@ def range_around(chosen, values, loss, threshold):
     """The run of thresholds around the chosen one whose values are within ``loss`` of it."""
     gaps = np.flatnonzero(~np.pad(values >= values[chosen] - loss, 1))
     after = np.searchsorted(gaps, chosen + 1)
-    return {"low": threshold[gaps[after - 1]], "high": threshold[gaps[after] - 2]}
+    ends = threshold[[gaps[after - 1], gaps[after] - 2]]
+    return {"low": ends.min(), "high": ends.max()}
 
 
 def describe_choice(table, columns, objective, chosen, drawn, seed):
@@ -535,26 +603,33 @@ def describe_choice(table, columns, objective, chosen, drawn, seed):
     found = {m: eligible(METRICS[m].sign * columns[m], missing) for m in METRICS}
     own = {m: row(columns, middle_best(v), m) for m, v in found.items() if np.isfinite(v).any()}
     values = found[metric]
-    plateau = range_around(chosen, values, TOLERANCE, table.threshold)
+    plateau = range_around(chosen, values, TOLERANCE, columns["threshold"])
     ties = np.append(best["threshold_interval"], [*plateau.values()])  # as good in each table
     best["threshold_interval"] = [ties.min(), ties.max()]
     choice = {"best": best, "default": None, "gain": None}
     if default is not None:
         choice["default"] = row(columns, default, metric)
-        keeps_limits = np.isfinite(values[default])
+        keeps_limits = bool(np.isfinite(values[default]))
         gain = gain_over(table, objective, chosen, default, seed)
-        choice["gain"] = weigh(gain, loss, table.n, keeps_limits)
+        gain["default_keeps_limits"] = keeps_limits
+        choice["gain"] = weigh(gain, loss, table.n, keeps_limits and not objective.one_sided)
+    trivial = replace(
+        table[[chosen, chosen]], tp=np.array([table.pos, 0]), fp=np.array([table.neg, 0])
+    )
+    trivial = tabulate(trivial, objective)
     return choice | {
+        "everybody": row(trivial, 0, metric) | {"threshold": None},
+        "nobody": row(trivial, 1, metric) | {"threshold": None},
         "by_metric": {m: own.get(m) for m in METRICS},
         "plateau": plateau,
-        "near_optimal": range_around(chosen, values, loss, table.threshold),
+        "near_optimal": range_around(chosen, values, loss, columns["threshold"]),
     }
 
 
-def weigh(gain, loss, n, keeps_limits):
-    """The gain over 0.5 with a verdict: None where 0.5 breaks a limit.
+def weigh(gain, loss, n, judged):
+    """The gain over 0.5 with a verdict: None where there is nothing to judge.
 
-    Roughly how many cases would tell, where these cannot: an interval shrinks by their root.
+    And roughly how many cases would tell, where these cannot: an interval shrinks by their root.
     """
     (low, high), corrected = gain["corrected_interval"], gain["corrected"]
     verdict = "pays" if low > 0 and corrected > loss else "cannot_tell"
@@ -562,9 +637,8 @@ def weigh(gain, loss, n, keeps_limits):
     end, goal = (low, 0) if corrected > loss else (high, loss)
     needed = n * max(1.1, ratio(end - corrected, goal - corrected) ** 2)
     return gain | {
-        "default_keeps_limits": bool(keeps_limits),
-        "verdict": verdict if keeps_limits else None,
-        "cases_needed": needed if keeps_limits and verdict == "cannot_tell" else None,
+        "verdict": verdict if judged else None,
+        "cases_needed": needed if judged and verdict == "cannot_tell" else None,
     }
 
 
@@ -573,50 +647,66 @@ def describe_exact(optimum, best, objective):
     found = row(tabulate(optimum, objective), 0, objective.metric)
     loss = objective.sign * (found["value"] - best["value"])
     # Net benefit falls with the threshold itself, so one between two scores can win.
-    return (best if loss < 0 else found) | {"grid_loss": max(loss, 0.0)}
+    return (best if loss < 0 else found) | {"grid_loss": max(0.0, loss)}
+
+
+VERDICTS = {
+    "pays": "worth having.",
+    "does_not_pay": "too small to leave 0.5 for.",
+    "cannot_tell": "whether that pays, these cases cannot tell; roughly {needed:,.0f} could.",
+}
 
 
 def headline(result):
     """The result in a few words: value, default, difference, uncertainty."""
-    gain, share = result.summary["gain"], result.objective.prevalence
-    verdicts = {
-        "pays": "worth having.",
-        "does_not_pay": "too small to leave 0.5 for.",
-        "cannot_tell": "these cases cannot tell; roughly {needed:,.0f} could.",
-    }
-    text = "Best threshold for {name}{where}: {best[threshold]:t} ({name} {best[value]:.4f}, 95 % "
-    text += "interval {best[value_interval][0]:.4f} to {best[value_interval][1]:.4f}). "
+    gain, objective = result.summary["gain"], result.objective
+    text = (
+        "Best threshold for {name}: {best[threshold]:t} ({name} {best[value]:.4f}, 95 % interval "
+        "{best[value_interval][0]:.4f} to {best[value_interval][1]:.4f}). "
+    )
+    if objective.one_sided:
+        more = "more alerts" if result.summary["best"]["recall"] > 0.5 else "fewer alerts"
+        other = "--min-precision" if more == "more alerts" else "--min-recall"
+        text += f"That is no advice: {{name}} alone only asks for {more}. Add {other}."
+        return result.fill(text)
     if gain is None:
-        text += "Scores outside [0, 1] have no default threshold to compare with."
-    elif gain["verdict"] is None:
-        text += "The default 0.5 reaches {default[value]:.4f}, but breaks a limit."
-    else:
-        text += (
-            "The default 0.5 reaches {default[value]:.4f}. Corrected for the optimism of choosing "
-            "and scoring on the same cases, the gain is {gain[corrected]:+z.4f} (95 % interval "
-            "{gain[corrected_interval][0]:+z.4f} to {gain[corrected_interval][1]:+z.4f}): "
-        ) + verdicts[gain["verdict"]]
-    where = f" where {100 * share:.4g} % of the cases are positive" if share else ""
-    needed = float(f"{(gain or {}).get('cases_needed') or 0:.1e}")
-    return result.fill(text, where=where, needed=needed)
+        return result.fill(text + "These scores have no default threshold to compare with.")
+    text += "The default 0.5 reaches {default[value]:.4f}"
+    if gain["verdict"] is None:
+        return result.fill(text + ", but breaks a limit.")
+    if result.summary["best"]["threshold"] == 0.5:
+        return result.fill(text + ": it is the best itself.")
+    text += (
+        ". Corrected for the optimism of choosing and scoring on the same cases, the gain is "
+        "{gain[corrected]:+z.4f} (95 % interval {gain[corrected_interval][0]:+z.4f} to "
+        "{gain[corrected_interval][1]:+z.4f}): "
+    )
+    needed = float(f"{gain['cases_needed'] or 0:.1e}")  # two digits of it
+    return result.fill(text + VERDICTS[gain["verdict"]], needed=needed)
 
 
 def tell_choice(result):
-    """The headline, the choices of some metrics, and the counts behind the best one."""
+    """The headline, the choices of some metrics, and what the best one does."""
     summary, metric = result.summary, result.objective.metric
     yield headline(result)
     yield "  best for           threshold   value  precision  recall  specificity"
-    line = "{threshold:>10t}{value:>8.3f}{precision:>11.3f}{recall:>8.3f}{specificity:>13.3f}"
+    line = "{value:>8.3f}{precision:>11.3f}{recall:>8.3f}{specificity:>13.3f}"
     for own in dict.fromkeys([metric, "f1", "youden_j", "balanced_accuracy"]):
-        yield f"  {METRICS[own].name:<18}" + TEXT.format(line, **summary["by_metric"][own])
-    yield (
-        "F1 is for when only the positives matter, Youden's J and balanced accuracy for when both "
-        "classes matter equally, cost and net benefit for errors that have a price."
-    )
+        found = summary["by_metric"][own]
+        yield TEXT.format("  {name:<18}{threshold:>10t}" + line, name=METRICS[own].name, **found)
+    for rule in "everybody", "nobody":
+        yield f"  {f'call {rule}: {METRICS[metric].name}':<28}" + line.format(**summary[rule])
+    if metric == "cost":
+        useless = min(summary[rule]["value"] for rule in ("everybody", "nobody"))
+        saved = 1 - ratio(summary["best"]["value"], useless)
+        yield f"The best threshold saves {saved:.0%} of the cheaper of those two."
+    if metric == "net_benefit":
+        yield "Net benefit compares models, not thresholds: each weighs the errors differently."
     yield result.fill(
-        "At {best[threshold]:t}: {best[tp]:,} hits, {best[fp]:,} false alarms, {best[fn]:,} "
-        "misses, {best[tn]:,} correct rejections. At any threshold: ROC AUC {roc_auc:.4f}, "
-        "average precision {average_precision:.4f}."
+        "At {best[threshold]:t}: {tp:,.0f} hits, {fp:,.0f} false alarms, {fn:,.0f} misses, "
+        "{tn:,.0f} correct rejections. At any threshold: ROC AUC {roc_auc:.4f}, average precision "
+        "{average_precision:.4f}.",
+        **result.counts(summary["best"]),
     )
     if summary["table"] == "extended":
         yield result.fill(
@@ -624,12 +714,10 @@ def tell_choice(result):
             "thresholds by the scores of positives.",
             size=result.table.threshold.size,
         )
-    if metric == "net_benefit":
-        yield "Net benefit compares models, not thresholds: each weighs the errors differently."
     if summary["exact"]:
         yield result.fill(
-            "Of all distinct scores {exact[threshold]:t} is best with {exact[value]:.6f} (hits: "
-            "{exact[tp]:,}, false alarms: {exact[fp]:,}); the table loses {exact[grid_loss]:.6f}."
+            "Of all distinct scores {exact[threshold]:t} is best with {exact[value]:.6f}; the "
+            "table loses {exact[grid_loss]:.6f}."
         )
 
 
@@ -638,9 +726,10 @@ def tell_trade_off(result):
     """The choice, and ten rows of the table down and up from it: 0.1 on the grid."""
     last, chosen = result.table.threshold.size - 1, result.chosen
     yield "  threshold  precision  recall  false alarms    misses"
-    line = "  {threshold:>9t}{precision:>11.3f}{recall:>8.3f}{fp:>14,}{fn:>10,}"
+    line = "  {threshold:>9t}{precision:>11.3f}{recall:>8.3f}{fp:>14,.0f}{fn:>10,.0f}"
     for index in sorted({max(chosen - 10, 0), chosen, min(chosen + 10, last)}):
-        yield TEXT.format(line, **row(result.columns, index, result.objective.metric))
+        found = row(result.columns, index, result.objective.metric)
+        yield TEXT.format(line, **found | result.counts(found))
 
 
 # %% 4. How certain this is
@@ -700,7 +789,7 @@ def certainty(table, objective, chosen, seed):
     drawn, picks = draw(table, objective, [chosen], seed)
     found = {"intervals": {}, "luck": {}, "bands": {}, "probability": {}}
     thresholds = np.quantile(table.threshold[picks], LEVELS, method="inverted_cdf")
-    found["intervals"]["threshold"] = thresholds
+    found["intervals"]["threshold"] = np.sort(objective.orient * thresholds)
     for metric in {*CURVES, *COMPARED, *RATES, objective.metric}:
         draws, seen = measure(metric, drawn, objective), measure(metric, table, objective)
         lucky = luck(draws, seen, picks, chosen)
@@ -760,22 +849,28 @@ def check_holdout(table, objective, share, seed):
 
 
 def tell_certainty(result):
-    """How far the threshold and its value may be off."""
+    """How far the threshold, its value and its rates may be off."""
     best, held, gain = (result.summary[key] for key in ("best", "holdout", "gain"))
     yield result.fill(
         "In {replicates:,} tables that the population may have, given these cases, the best "
         "threshold lies between {best[threshold_interval][0]:t} and "
         "{best[threshold_interval][1]:t} (95 %). From {near_optimal[low]:t} to "
-        "{near_optimal[high]:t} the value is within "
-        "{small_loss:.3g} of the best. Corrected for optimism it is {best[value_corrected]:.4f}."
+        "{near_optimal[high]:t} the value is within {small_loss:.3g} of the best. Corrected for "
+        "optimism it is {best[value_corrected]:.4f}."
     )
-    if np.ptp(best["threshold_interval"]) > 0.1:
+    near = result.summary["near_optimal"]
+    # Where many thresholds are as good, more cases would not narrow the interval.
+    if np.ptp(best["threshold_interval"]) > max(0.1, 2 * (near["high"] - near["low"])):
         yield "That interval of the threshold is wide: label more cases to narrow it."
+    yield result.fill("  at {best[threshold]:<16t}   value  95 % interval")
+    for rate in RATES:
+        low, high = best[f"{rate}_interval"]
+        yield f"  {METRICS[rate].name:<17}{best[rate]:>8.3f}  {low:.3f} to {high:.3f}"
     for name, found in result.summary["limits"].items():
         sense = "at most" if name.startswith("max") else "at least"
         yield (
-            f"That the population has {METRICS[LIMITS[name]].name} {sense} {found['limit']:g} at "
-            f"this threshold is {found['probability']:.0%} probable."
+            f"The {METRICS[LIMITS[name]].name} of the population at this threshold is {sense} "
+            f"{found['limit']:g} with a probability of {found['probability']:.0%}."
         )
     if held is None:
         yield "There are too few cases to choose on one part and score on the other."
@@ -784,7 +879,7 @@ def tell_certainty(result):
         "Chosen on one part of the cases ({holdout[threshold]:t}, value "
         "{holdout[value_where_chosen]:.4f}) and scored on the other {holdout[n]:,}: "
         "{holdout[value]:.4f}{over}.",
-        over=f", {held['gain']:+.4f} over 0.5" if gain and gain["verdict"] else "",
+        over=f", {held['gain']:+z.4f} over 0.5" if gain and gain["verdict"] else "",
     )
 
 
@@ -882,7 +977,7 @@ def tell_calibration(result):
     """The calibration error beside chance, and what the theory of true probabilities says."""
     found, objective = result.summary["calibration"], result.objective
     if found is None:
-        yield "No: they lie outside [0, 1]."
+        yield "No: they lie outside [0, 1], or low ones mean positive."
         return
     yield result.fill(
         "On average over {calibration[groups]} groups of cases by score, they are off by "
@@ -908,24 +1003,26 @@ def tell_calibration(result):
 
 
 # %% 6. Other class balances
-def other_balances(table):
-    """Best threshold, F1 there and F1 at 0.5 if other shares of cases were positive."""
+def other_balances(table, objective):
+    """Best threshold, its value and that at 0.5 if other shares of cases were positive."""
     default, rows = table.half, []
     for share in BALANCES:
-        f1 = measure("f1", table, Objective(prevalence=share))
-        best, plain = middle_best(f1), None if default is None else f1[default]
-        found = {"prevalence": share, "threshold": table.threshold[best], "f1": f1[best]}
-        rows.append(found | {"f1_at_default": plain})
+        good = goodness(table, replace(objective, prevalence=share))
+        best = middle_best(np.where(np.isnan(good), -np.inf, good))
+        value = objective.sign * good + 0.0  # no -0.0
+        found = {"prevalence": share, "threshold": objective.orient * table.threshold[best] + 0.0}
+        plain = None if default is None else value[default]
+        rows.append(found | {"value": value[best], "value_at_default": plain})
     return rows
 
 
 def tell_balances(result):
     """One row for each share of positives."""
-    yield "  positives  threshold  best F1  F1 at 0.5"
-    line = "  {prevalence:>9.0%}{threshold:>11t}{f1:>9.3f}{plain:>11}"
+    yield "  positives  threshold      best    at 0.5"
+    line = "  {prevalence:>9.0%}{threshold:>11t}{value:>10.3f}{plain:>10}"
     for found in result.summary["balances"]:
-        plain = "-" if found["f1_at_default"] is None else f"{found['f1_at_default']:.3f}"
-        yield TEXT.format(line, plain=plain, **found)
+        plain = found["value_at_default"]
+        yield TEXT.format(line, plain="-" if plain is None else f"{plain:.3f}", **found)
 
 
 # %% 7. What the errors suggest
@@ -939,23 +1036,45 @@ def dominant_error(chosen, objective):
     return "misses" if misses > 1.5 * alarms else None
 
 
+CURES = {  # of each dominant error: its name, limit and price, and where to look
+    "false_alarms": ("False alarms", "min_precision", "--fp-cost",
+                     "wrong labels among the highest-scoring negatives"),
+    "misses": ("Misses", "min_recall", "--fn-cost",
+               "a missing feature in the lowest-scoring positives"),
+}  # fmt: skip
+
+
+def suggest_limit(table, best, objective, error):
+    """A limit halfway to no such error, if some threshold of the table keeps it."""
+    name = CURES[error][1] if error else None
+    if name is None or name in objective.limits:
+        return None
+    limit = round((1 + best[LIMITS[name]]) / 2, 2)
+    possible = shortfall(table, replace(objective, **{name: limit})).min() == 0
+    return {"option": f"--{name.replace('_', '-')}", "limit": limit} if possible else None
+
+
 def tell_suggestions(result):
     """What to try next, from this run's false positives and false negatives."""
-    advice = {
-        "false_alarms": "False alarms ({best[fp]:,}) outweigh misses ({best[fn]:,}){weighed}: "
-        "try --min-precision {precision:.2f}, or a higher --fp-cost with --metric cost, and look "
-        "for wrong labels among the highest-scoring negatives.",
-        "misses": "Misses ({best[fn]:,}) outweigh false alarms ({best[fp]:,}){weighed}: try "
-        "--min-recall {recall:.2f}, or a higher --fn-cost with --metric cost, and look for a "
-        "missing feature in the lowest-scoring positives.",
-        None: "False alarms ({best[fp]:,}) and misses ({best[fn]:,}) are in balance{weighed}: no "
-        "threshold removes one kind without adding the other; only better scores do.",
-    }[result.summary["dominant_error"]]
-    best, objective = result.summary["best"], result.objective
-    weighed = " by cost" * (objective.metric == "cost")
-    weighed += " at this prevalence" * (objective.prevalence is not None)
-    halfway = {metric: (1 + best[metric]) / 2 for metric in ("precision", "recall")}
-    yield result.fill(advice, weighed=weighed, **halfway)
+    summary, metric = result.summary, result.objective.metric
+    counts = result.counts(summary["best"])
+    both = "false alarms: {fp:,.0f}, misses: {fn:,.0f}".format(**counts)
+    weighed = " by cost" * (metric == "cost")
+    if counts["fp"] + counts["fn"] < 0.5:
+        yield "There are no errors at the chosen threshold among these cases."
+    elif summary["dominant_error"] is None:
+        yield (
+            f"The errors are in balance{weighed} ({both}): no threshold removes one kind without "
+            "adding the other; only better scores do."
+        )
+    else:
+        name, _, price, place = CURES[summary["dominant_error"]]
+        advice = [f"look for {place}"]
+        if metric != "cost":
+            advice.insert(0, f"give them a price (--metric cost with a higher {price})")
+        if summary["suggestion"]:
+            advice.insert(0, result.fill("try {suggestion[option]} {suggestion[limit]:g}"))
+        yield f"{name} prevail{weighed} ({both}): {'; or '.join(advice)}."
 
 
 # %% 8. Files and figures
@@ -970,10 +1089,37 @@ def save(result, folder):
         say("  scores.csv")
 
 
-CURVES = ("precision", "recall", "f1")  # of the first figure
-COMPARED = ("f1", "youden_j", "balanced_accuracy", "mcc")  # of the fourth
+CURVES = ("precision", "recall", "f1")  # of the second figure
+COMPARED = ("f1", "youden_j", "balanced_accuracy", "mcc")  # of the fifth
 CHOSEN = "chosen {best[threshold]:t} ({name} {best[value]:.3f})"
 SQUARE = {"xlim": (-0.01, 1.01), "ylim": (-0.01, 1.01), "aspect": "equal"}
+
+
+def plot_outcomes(plt, result):
+    """The scores of both classes, split by the threshold into the four outcomes."""
+    bars, best, orient = result.bars, result.summary["best"], result.objective.orient
+    x, shares = orient * bars.threshold, bars.cells()[:, 1:-1] / [[bars.neg], [bars.pos]]
+    cut = np.searchsorted(bars.threshold, orient * best["threshold"])
+    figure, axes = plt.subplots()
+    outcomes = {
+        "hits": ("tp", 1, slice(cut, None), BLUE),
+        "misses": ("fn", 1, slice(0, cut), ORANGE),
+        "false alarms": ("fp", -1, slice(cut, None), RED),
+        "correct rejections": ("tn", -1, slice(0, cut), SKY),
+    }
+    for name, (key, side, part, color) in outcomes.items():
+        heights = side * shares[int(side > 0)][part] / np.diff(bars.threshold)[part]
+        label = f"{name}: {result.counts(best)[key]:,.0f}"
+        axes.bar(x[:-1][part], heights, np.diff(x)[part], align="edge", color=color, label=label)
+    axes.axvline(best["threshold"], color=BLACK, lw=1.5, label=result.fill(CHOSEN))
+    axes.axhline(0, color=BLACK, lw=0.8)
+    axes.set_yticks([])
+    axes.set(xlabel="score", ylabel="negatives below, positives above")
+    missed, alarms = 1 - best["recall"], 1 - best["specificity"]
+    axes.set_title(
+        f"Of the positives {missed:.1%} are missed, of the negatives {alarms:.1%} called"
+    )
+    return figure
 
 
 def plot_metrics(plt, result):
@@ -995,7 +1141,7 @@ def plot_comparison(plt, result):
 
 def plot_thresholds(plt, result, points, title):
     """Metrics against the threshold with 95 % bands and the dots given in ``points``."""
-    x, best = result.table.threshold, result.summary["best"]["threshold"]
+    x, best = result.columns["threshold"], result.summary["best"]["threshold"]
     figure, axes = plt.subplots()
     for metric, point in points.items():
         color, style = METRICS[metric].style
@@ -1052,17 +1198,25 @@ def plot_reliability(plt, result):
     axes.plot(shape["score"], shape["share"], color=BLUE, label="these scores (isotonic curve)")
     title = "As probabilities, the scores are off by {calibration[ece]:.3f} on average"
     axes.set(ylabel="share of positives", title=result.fill(title))
-    below.hist(result.scores, np.linspace(0, 1, 51), color=SKY)
+    bars = result.bars
+    below.bar(
+        bars.threshold[:-1],
+        bars.cells().sum(0)[1:-1],
+        np.diff(bars.threshold),
+        align="edge",
+        color=SKY,
+    )
     below.set(xlabel="score", ylabel="cases", xlim=(0, 1))
     return figure
 
 
 FIGURES = {
-    "01_precision_recall_f1_vs_threshold": plot_metrics,
-    "02_precision_recall_curve": plot_precision_recall,
-    "03_roc_curve": plot_roc,
-    "04_metric_comparison": plot_comparison,
-    "05_reliability": plot_reliability,
+    "01_outcomes": plot_outcomes,
+    "02_precision_recall_f1_vs_threshold": plot_metrics,
+    "03_precision_recall_curve": plot_precision_recall,
+    "04_roc_curve": plot_roc,
+    "05_metric_comparison": plot_comparison,
+    "06_reliability": plot_reliability,
 }
 
 
@@ -1080,6 +1234,7 @@ def parse_arguments(argv):
     add("--scores", type=Path, help="CSV file with a header, or NPZ file")
     add("--label-column", default="y_true", help="column or array of the labels")
     add("--score-column", default="y_score", help="column or array of the scores")
+    add("--lower-is-positive", action="store_true", help="low scores mean positive")
     add("--positive", help="label that is positive; every other one is negative")
     add = parser.add_argument_group("what is best").add_argument
     add("--metric", choices=METRICS, default="f1", help="column of thresholds.csv to optimise")

@@ -612,7 +612,7 @@ def test_prevalence_is_a_population_with_rows_replicated(tmp_path):
     assert a["best"]["tp"] + a["best"]["fn"] == a["n_positive"] == 30  # as observed
     row = a["balances"][3]  # the closing table says the same
     assert (row["prevalence"], row["threshold"]) == (0.5, a["best"]["threshold"])
-    assert [row["f1"], row["f1_at_default"]] == pytest.approx(
+    assert [row["value"], row["value_at_default"]] == pytest.approx(
         [a["best"]["f1"], a["default"]["f1"]]
     )
 
@@ -747,8 +747,9 @@ def test_published_net_benefit(tmp_path, scores_dir):
 def test_files_of_the_default_run(default_run):
     folder, text = default_run
     plots = {
-        "01_precision_recall_f1_vs_threshold.png", "02_precision_recall_curve.png",
-        "03_roc_curve.png", "04_metric_comparison.png", "05_reliability.png",
+        "01_outcomes.png", "02_precision_recall_f1_vs_threshold.png",
+        "03_precision_recall_curve.png", "04_roc_curve.png", "05_metric_comparison.png",
+        "06_reliability.png",
     }  # fmt: skip
     names = plots | {"scores.csv", "thresholds.csv", "summary.json"}
     assert {path.name for path in folder.iterdir()} == names
@@ -854,7 +855,7 @@ def test_scores_outside_0_1_have_no_reliability(tmp_path, monkeypatch):
     monkeypatch.setattr(part1, "FIGURES", FIGURES)
     path = write_npz(tmp_path / "s.npz", np.arange(10) < 3, np.full(10, 7.0))
     run(tmp_path, "--scores", path, "--exact")
-    assert {path.stem for path in tmp_path.glob("*.png")} == set(FIGURES) - {"05_reliability"}
+    assert {path.stem for path in tmp_path.glob("*.png")} == set(FIGURES) - {"06_reliability"}
 
 
 @pytest.mark.filterwarnings("error")  # such as matplotlib's of a legend without entries
@@ -870,14 +871,14 @@ def test_a_metric_and_a_figure_are_one_entry_each(tmp_path, monkeypatch):
         return figure
 
     monkeypatch.setitem(METRICS, "jaccard", Metric("Jaccard index", jaccard))
-    monkeypatch.setitem(part1.FIGURES, "06_scores", plot_scores)
-    monkeypatch.setitem(part1.FIGURES, "04", FIGURES["04_metric_comparison"])
+    monkeypatch.setitem(part1.FIGURES, "07_scores", plot_scores)
+    monkeypatch.setitem(part1.FIGURES, "04", FIGURES["05_metric_comparison"])
     summary, table = run(tmp_path, "--metric", "jaccard", "--min-precision", 0.9)
     f1 = table["f1"]
     assert_allclose(table["jaccard"], f1 / (2 - f1))
     assert summary["best"]["value"] == table["jaccard"][table["precision"] >= 0.9].max()
     assert summary["best"]["value_interval"][0] < summary["best"]["jaccard"]
-    assert {path.name for path in tmp_path.glob("*.png")} == {"06_scores.png", "04.png"}
+    assert {path.name for path in tmp_path.glob("*.png")} == {"07_scores.png", "04.png"}
 
 
 def numbers(value):
@@ -951,7 +952,148 @@ def test_a_true_gain_is_found(monkeypatch):
 )
 def test_the_verdict_follows_from_the_interval(interval, corrected, verdict, needed):
     gain = {"corrected": corrected, "corrected_interval": interval}
-    found = part1.weigh(gain, loss=0.005, n=100, keeps_limits=True)
+    found = part1.weigh(gain, loss=0.005, n=100, judged=True)
     assert found["verdict"] == verdict
     assert found["cases_needed"] == (needed and pytest.approx(100 * needed))
-    assert part1.weigh(gain, 0.005, 100, keeps_limits=False)["verdict"] is None
+    assert part1.weigh(gain, 0.005, 100, judged=False)["verdict"] is None
+
+
+def printed(capsys):
+    """What a run printed, in one line."""
+    return " ".join(capsys.readouterr().out.split())
+
+
+REVERSED = [1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0], [5, 12, 18, 22, 40, 30, 55, 61, 68, 74, 83, 91]
+
+
+def test_reversed_scores_are_said_to_be_so_and_can_be_turned(tmp_path, capsys):
+    """Of 35 pairs one is right; low is positive up to 0.4, with one false alarm."""
+    path = write_npz(tmp_path / "s.npz", REVERSED[0], np.array(REVERSED[1]) / 100)
+    summary, _ = run(tmp_path / "a", "--scores", path)
+    assert (summary["ranking"], summary["roc_auc"]) == ("reversed", pytest.approx(1 / 35))
+    text = printed(capsys)
+    assert text.index("--lower-is-positive") < text.index("12 cases")
+    summary, table = run(tmp_path / "b", "--scores", path, "--lower-is-positive")
+    assert (summary["ranking"], summary["roc_auc"]) == ("right", pytest.approx(34 / 35))
+    best = summary["best"]
+    assert (best["threshold"], best["f1"]) == (0.4, pytest.approx(10 / 11))
+    assert best["threshold_interval"][0] <= 0.4 <= best["threshold_interval"][1]
+    assert "score <= threshold" in printed(capsys)
+    for line in table:
+        called = np.array(REVERSED[1]) / 100 <= line["threshold"]
+        assert line["tp"] == called[:5].sum() and line["fp"] == called[5:].sum()
+
+
+def test_lower_is_positive_mirrors_the_scores_exactly(tmp_path):
+    """As negated scores would have it; 1 - score would round."""
+    labels, scores = sample(300, seed=2)
+    path = write_npz(tmp_path / "s.npz", labels, -scores)
+    a, _ = run(tmp_path / "a", "--scores", path, "--lower-is-positive", "--exact")
+    write_npz(path, labels, 5 + scores)  # outside [0, 1], too
+    b, _ = run(tmp_path / "b", "--scores", path, "--exact")
+    for key in "f1", "tp", "fp", "value_interval":
+        assert a["best"][key] == b["best"][key]
+    assert a["exact"]["f1"] == b["exact"]["f1"] and a["roc_auc"] == b["roc_auc"]
+    assert (a["calibration"], a["default"]) == (None, None)
+
+
+@pytest.mark.parametrize("n", [3, 40, 1000])
+def test_scores_that_say_nothing_are_said_to_be_guesses(n):
+    """As often as not: at most 5 % of areas of guesses count as right or reversed."""
+    rng, known = np.random.default_rng(n), 0
+    for _ in range(200):
+        labels = rng.permutation(np.arange(n) < max(1, n // 3))
+        known += (
+            part1.judge_ranking(count_every_score(labels, rng.random(n).round(2))) != "unclear"
+        )
+    assert known <= 20
+    if n > 3:
+        skilled = count_every_score(*sample(n))
+        assert part1.judge_ranking(skilled) == "right"
+
+
+def test_everybody_and_nobody_are_what_to_beat(tmp_path, capsys):
+    """Doing nothing costs 0.2 a case, and what is saved of it is not small."""
+    options = "--scenario calibrated --positive-rate 0.001 --metric cost --fn-cost 200"
+    summary, _ = run(tmp_path, *options.split(), "--n-samples", 200_000)
+    assert summary["nobody"]["value"] == pytest.approx(0.2)
+    assert summary["everybody"]["value"] == pytest.approx(0.999)
+    assert summary["small_loss"] == pytest.approx(0.005 * 0.2)
+    assert (summary["gain"]["verdict"], summary["table"]) == ("pays", "extended")
+    assert summary["best"]["value"] < 0.15 and "call nobody: cost" in printed(capsys)
+
+
+@pytest.mark.parametrize("metric", ["precision", "recall", "specificity", "alert_rate"])
+def test_one_rate_alone_is_no_advice(tmp_path, capsys, metric):
+    """Under a limit on another it is."""
+    assert run(tmp_path, "--n-samples", 500, "--metric", metric)[0]["gain"]["verdict"] is None
+    text = printed(capsys)
+    assert "worth having" not in text and "no advice" in text
+    limit = (
+        ["--min-precision", 0.8] if metric in ("recall", "alert_rate") else ["--min-recall", 0.8]
+    )
+    run(tmp_path, "--n-samples", 500, "--metric", metric, *limit)
+    assert "no advice" not in printed(capsys)
+
+
+def test_with_a_prevalence_the_screen_is_of_that_population(tmp_path, capsys):
+    """Counts agree with the rates beside them; summary.json has those observed."""
+    summary, _ = run(tmp_path, "--prevalence", 0.05)
+    best, text = summary["best"], printed(capsys)
+    hits, alarms, misses, rejections = (
+        int(number.replace(",", ""))
+        for number in re.search(
+            r"([\d,]+) hits, ([\d,]+) false alarms, ([\d,]+) misses, ([\d,]+)", text
+        ).groups()
+    )
+    assert hits + misses == 500 and hits + misses + alarms + rejections == 10_000
+    assert hits / (hits + alarms) == pytest.approx(best["precision"], abs=0.002)
+    assert best["tp"] + best["fn"] == 3000 and f"misses: {misses}" in text
+
+
+@pytest.mark.parametrize(
+    "options",
+    ["--min-precision 0.95 --n-samples 300", "--min-recall 0.97", "--min-precision 0.97",
+     "--metric cost --fp-cost 10 --fn-cost 20", "--metric alert_rate", "--prevalence 0.05",
+     "--scenario underconfident"],
+)  # fmt: skip
+def test_a_suggested_limit_is_new_and_can_be_kept(tmp_path, capsys, options):
+    summary, _ = run(tmp_path, *options.split())
+    text = printed(capsys)
+    assert "cost" not in options or "--metric cost" not in text
+    if found := summary["suggestion"]:
+        assert f"try {found['option']} {found['limit']:g}" in text
+        assert found["option"] not in options
+        run(tmp_path, *options.split(), found["option"], found["limit"])
+    else:
+        assert "try --min" not in text
+
+
+def test_separable_scores_need_no_more_cases_and_have_no_area_above_1(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    for n in 7, 49, 300:
+        labels = np.arange(n) < n // 3 + 1
+        scores = np.where(labels, 0.9, 0.1) + rng.uniform(-0.05, 0.05, n)
+        path = write_npz(tmp_path / "s.npz", labels, scores)
+        summary, _ = run(tmp_path / "out", "--scores", path)
+        text = printed(capsys)
+        assert summary["average_precision"] <= 1 and "no errors" in text
+        assert "label more cases" not in text and "-0.0" not in text.replace("to -0.0", "")
+
+
+def test_no_number_is_a_negative_zero(tmp_path, capsys):
+    for options in (
+        "--metric cost --n-samples 20 --exact",
+        "--metric youden_j --n-samples 20 --exact",
+    ):
+        run(tmp_path, *options.split())
+        text = printed(capsys) + (tmp_path / "summary.json").read_text()
+        assert not re.search(r"-0(\.0+)?\b(?!\.?\d)", text)
+
+
+def test_the_closing_table_is_in_the_metric_of_the_run(tmp_path, capsys):
+    summary, _ = run(tmp_path, "--metric", "cost", "--fn-cost", 5)
+    at_30 = summary["balances"][2]
+    assert at_30["value"] == pytest.approx(summary["best"]["value"])
+    assert at_30["value_at_default"] == pytest.approx(summary["default"]["value"])
+    assert "positive (cost, no limits)" in printed(capsys)
