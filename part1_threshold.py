@@ -48,14 +48,14 @@ def main(argv=None):
     """Read or simulate scores, find the best threshold, tell the story, save and draw it."""
     a = parse_arguments(argv)
     if a.scores:
-        labels, scores = utils.read_scores(a.scores, a.label_column, a.score_column, a.positive)
-        scores = -scores if a.lower_is_positive else scores
-        origin = str(a.scores), None
+        cases, source, scenario = read(a.scores, a), str(a.test or a.scores), None
     else:
-        labels, scores = simulate_scores(a.n_samples, a.positive_rate, a.scenario, a.seed)
-        origin = SCENARIOS[a.scenario], a.scenario
+        simulated = simulate_scores(a.n_samples, a.positive_rate, a.scenario, a.seed)
+        cases, source, scenario = utils.Cases(*simulated), SCENARIOS[a.scenario], a.scenario
+    how = {"exact": a.exact, "given": a.threshold, "share": a.holdout, "seed": a.seed}
+    how["test"] = read(a.test, a) if a.test else None
     objective = Objective(**{field.name: getattr(a, field.name) for field in fields(Objective)})
-    result = analyse(labels, scores, objective, a.exact, a.holdout, a.seed, *origin)
+    result = analyse(cases, objective, **how, source=source, scenario=scenario)
     folder = utils.output_folder(a.output_dir)
     narrate(result)
     say(f"8. Files in {folder}")
@@ -67,17 +67,17 @@ def main(argv=None):
 class Result:
     """What a run has found: the narration, the files and the figures are made of it."""
 
-    labels: np.ndarray  # bool, (n,)
-    scores: np.ndarray  # float, (n,)
-    objective: Objective
+    cases: utils.Cases
+    choice: Choice
     curve: Counts  # at no more than 2,000 of the distinct scores: a curve needs no more
-    table: Counts  # at the T thresholds to choose from
     bars: Counts  # at 61 evenly spaced scores and the chosen threshold
     columns: dict  # what thresholds.csv holds: (T,) each
-    chosen: int  # index in the table
     reliability: dict | None  # isotonic curve, where the scores are probabilities
     bands: dict  # 95 % band of each metric that is drawn: (2, T)
     summary: dict  # what summary.json holds
+
+    objective = property(lambda self: self.choice.objective)
+    table = property(lambda self: self.choice.table)
 
     def fill(self, text, **more):
         """Put numbers of the summary, and ``more``, into a text: ``{best[value]:.4f}``."""
@@ -105,22 +105,24 @@ class Text(string.Formatter):
 TEXT = Text()
 
 
-def analyse(labels, scores, objective, exact=False, share=0.5, seed=0, source="", scenario=None):
+def analyse(cases, objective, *, exact=False, given=None, test=None, share=0.5, seed=0, **origin):
     """Every number of a run; nothing is printed, drawn or written.
 
     Parameters
     ----------
-    labels : ndarray of bool, shape (n,)
-        Both classes are present.
-    scores : ndarray of float, shape (n,)
-        Higher means positive; their negatives where the objective says that lower does.
+    cases : utils.Cases
+        Of both classes. Higher scores mean positive; they are negated where lower ones do.
     objective : Objective
     exact : bool
-        Also search all distinct scores; needed for scores outside [0, 1].
+        Also search all distinct scores.
+    given : float, optional
+        A threshold to judge instead of choosing one.
+    test : utils.Cases, optional
+        Other cases, on which the threshold is judged.
     share : float in (0, 1)
         Share of the cases on which the choice of the others is scored.
-    source, scenario : str
-        Where the scores come from; the scenario if they were simulated.
+    **origin
+        ``source`` and ``scenario`` of the summary.
 
     Returns
     -------
@@ -129,61 +131,59 @@ def analyse(labels, scores, objective, exact=False, share=0.5, seed=0, source=""
     Raises
     ------
     UserError
-        If no score keeps the limits, or scores outside [0, 1] lack ``exact``.
+        If no score keeps the limits, or the metric has no value.
     """
-    every = count_every_score(labels, scores)
-    if objective.lower_is_positive:
-        every = replace(every, probabilities=False)
-    if not (every.probabilities or exact or objective.lower_is_positive):
-        raise UserError(
-            f"the scores run from {scores.min():.6g} to {scores.max():.6g}: give "
-            "probabilities in [0, 1], or add --exact for other scores"
-        )
+    every, dtype = count_every_score(cases, objective), cases.scores.dtype
     optimum = find_best(every, objective)
-    kind, table = lay_table(every, optimum, scores.dtype, objective)
-    chosen = find_best(table, objective)
+    kind, table = lay_table(every, optimum, dtype, objective)
+    if given is not None:
+        place = objective.orient * given
+        row_of_it = replace(every.at([dtype.type(place)]), threshold=np.array([place]))
+        table = table.joined(row_of_it)
+    chosen = find_best(table, objective) if given is None else table.threshold.searchsorted(place)
+    fixed = given is not None or test is not None
+    if test is not None:  # the thresholds stay; every number is that of the other cases
+        cases, every, dtype = test, count_every_score(test, objective), test.scores.dtype
+        optimum = find_best(every, objective)
+        table = replace(every.at(table.threshold.astype(dtype)), threshold=table.threshold)
+    choice = Choice(table, objective, chosen, seed, fixed, split_groups(cases, table))
     columns = tabulate(table, objective)
-    drawn = certainty(table, objective, chosen, seed)
-    choice = describe_choice(table, columns, objective, chosen, drawn, seed)
-    probabilities, shape = None, None
+    drawn = certainty(choice)
+    found = describe_choice(choice, columns, drawn)
+    calibrated, shape = None, None
     if every.probabilities:
-        theory = check_theory(every, table, choice["best"], objective, seed)
-        probabilities, shape = calibration(every, seed) | theory, reliability(every, seed)
+        calibrated, shape = calibration(every, seed), reliability(every, seed)
+        calibrated |= check_theory(choice, found["best"])
+    if choice.clusters is not None and calibrated:  # chance is that of independent cases
+        calibrated |= {"ece_by_chance": None, "miscalibrated": None}
+    error = dominant_error(table[[chosen]], objective)
+    best_of_all = shortened(every, np.array([optimum]), dtype) if exact else None
     summary = {
-        "source": source,
-        "scenario": scenario,
+        **{"source": "", "scenario": None} | origin,
+        "chosen_by": "given" if given is not None else "other cases" if fixed else "these cases",
         "seed": seed,
-        "n": labels.size,
+        "n": every.n,
         "n_positive": every.pos,
+        "groups": None if cases.groups is None else int(cases.groups.max()) + 1,
         **asdict(objective),
         "probabilities": every.probabilities,
         "table": kind,
         "small_loss": small_loss(table, objective),
         **areas(every, objective),
-        "ranking": judge_ranking(every),
-        **choice,
-        "limits": {
-            name: {"limit": limit, "probability": drawn["probability"][name]}
-            for name, limit in objective.limits.items()
-        },
+        "ranking": judge_ranking(every, cases.groups),
+        **found,
+        "limits": drawn["limits"],
         "replicates": REPLICATES,
-        "holdout": check_holdout(table, objective, share, seed),
-        "exact": describe_exact(
-            shortened(every, np.array([optimum]), scores.dtype), choice["best"], objective
-        )
-        if exact
-        else None,
-        "calibration": probabilities,
+        "holdout": None if fixed else check_holdout(choice, share),
+        "exact": describe_exact(best_of_all, found["best"], objective) if exact else None,
+        "calibration": calibrated,
         "balances": other_balances(table, objective),
-        "dominant_error": (error := dominant_error(table[[chosen]], objective)),
-        "suggestion": suggest_limit(table, choice["best"], objective, error),
+        "dominant_error": error,
+        "suggestion": suggest_limit(table, found["best"], objective, error),
     }
-    bars = every.at(score_edges(every, table.threshold[chosen]).astype(scores.dtype))
+    bars = every.at(score_edges(every, table.threshold[chosen]).astype(dtype))
     curve = every[np.unique(np.linspace(0, every.threshold.size - 1, 2000).astype(int))]
-    bands = drawn["bands"]
-    return Result(
-        labels, scores, objective, curve, table, bars, columns, chosen, shape, bands, summary
-    )
+    return Result(cases, choice, curve, bars, columns, shape, drawn["bands"], summary)
 
 
 def narrate(result):
@@ -232,6 +232,15 @@ def simulate_scores(n, positive_rate, scenario, seed):
     return labels, 1 / (1 + np.exp(-logits))
 
 
+def read(path, a):
+    """The cases of a file, as the options name its columns."""
+    if str(path) == "-" or (path.is_file() and path.stat().st_size > 20e6):
+        say(f"Reading {path}, which can take a while.")
+    columns = a.label_column, a.score_column, a.positive, a.count_column, a.group_column
+    cases = utils.read_scores(path, *columns, unit=not (a.exact or a.lower_is_positive))
+    return cases._replace(scores=-cases.scores) if a.lower_is_positive else cases
+
+
 RANKINGS = {  # what the area under the ROC curve says before anything else
     "right": "",
     "reversed": "A positive outscores a negative in only {roc_auc:.1%} of pairs (ROC AUC): {seem} "
@@ -250,6 +259,12 @@ def tell_scores(result):
     yield ("Simulated: " if summary["scenario"] else "Read from ") + result.fill(
         "{source}; {n:,} cases, {n_positive:,} of them positive; seed {seed}."
     )
+    if summary["chosen_by"] == "other cases":
+        yield "The threshold was chosen on other cases; all numbers are of these."
+    if groups := summary["groups"]:
+        yield f"They come in {groups:,} groups, which are resampled as wholes."
+    if result.cases.remark:
+        yield result.cases.remark
     if lower:
         yield "A case is called positive when score <= threshold, since low scores mean positive."
     if share := result.objective.prevalence:
@@ -315,29 +330,30 @@ class Counts:
         return replace(self, tp=tp[..., 1:], fp=fp[..., 1:], pos=tp[..., :1], neg=fp[..., :1])
 
 
-def count_every_score(labels, scores):
+def count_every_score(cases, objective):
     """Counts at every distinct score and, last, just above the highest: nobody is positive."""
+    labels, scores, counts = cases[:3]
     top = np.nextafter(scores.max(), np.inf, dtype=scores.dtype)
     threshold = np.add(np.append(scores, top), 0.0, dtype=np.float64)  # -0.0 becomes 0.0
     ordered = threshold[:-1]  # a view, sorted in place
-    probabilities = bool(ordered.min() >= 0 and ordered.max() <= 1)
-    if probabilities:
+    probabilities = ordered.min() >= 0 and ordered.max() <= 1 and not objective.lower_is_positive
+    if probabilities and counts is None:
         # The bits of floats in [0, 1] sort like integers and leave the top two bits free,
         # so the label fits in below them: one plain sort, 5 times as fast as an argsort.
         keys = ordered.view(np.int64)
         keys <<= 1
         keys |= labels
         keys.sort()
-        positive = (keys & 1).astype(bool)
+        positive, each = (keys & 1).astype(bool), 1
         keys >>= 1
     else:
         order = np.argsort(ordered)
         ordered[:], positive = ordered[order], labels[order]
-    tp = np.append(np.cumsum(positive[::-1])[::-1], 0)  # positives at or above each score
-    fp = np.arange(scores.size, -1, -1) - tp
+        each = 1 if counts is None else counts[order]
+    tp, fp = (np.append(np.cumsum((kind * each)[::-1])[::-1], 0) for kind in (positive, ~positive))
     first = np.append(True, threshold[1:] != threshold[:-1])  # equal scores are one threshold
-    counts = Counts(threshold, tp, fp, int(tp[0]), int(fp[0]), probabilities)
-    return counts if first.all() else counts[first]
+    found = Counts(threshold, tp, fp, int(tp[0]), int(fp[0]), bool(probabilities))
+    return found if first.all() else found[first]
 
 
 def lay_table(every, optimum, dtype, objective):
@@ -510,14 +526,16 @@ def areas(every, objective):
     return {"roc_auc": roc_auc, "average_precision": min(-np.diff(recall) @ precision[:-1], 1.0)}
 
 
-def judge_ranking(every):
+def judge_ranking(every, groups=None):
     """Whether high scores mean positive: "right", "reversed" or "unclear" (Mann and Whitney 1947).
 
-    By the area's spread, ties included, if the scores said nothing about the labels.
+    By the area's spread, ties included, if the scores said nothing about the labels; of groups
+    as if each were one case.
     """
     n, pairs = every.n, 1.0 * every.pos * every.neg
     ties = -np.diff(1.0 * (every.tp + every.fp))
     variance = (n + 1 - (ties**3 - ties).sum() / (n * (n - 1))) / (12 * pairs)
+    variance *= 1 if groups is None else n / (groups.max() + 1)
     above = abs(np.trapezoid(every.tpr, every.fpr)) - 0.5
     if abs(above) <= 1.96 * np.sqrt(max(variance, 0)):
         return "unclear"
@@ -531,6 +549,18 @@ def score_edges(every, chosen):
 
 
 # %% 2. The best threshold
+@dataclass(frozen=True)
+class Choice:
+    """A threshold of a table, and what was chosen how."""
+
+    table: Counts
+    objective: Objective
+    chosen: int  # index in the table
+    seed: int = 0
+    fixed: bool = False  # whether it was chosen before these cases were seen
+    clusters: np.ndarray | None = None  # cells of each group, (G, 2, T + 1)
+
+
 def goodness(counts, objective):
     """The metric, turned so that higher is better; shape (..., T)."""
     return objective.sign * measure(objective.metric, counts, objective)
@@ -592,34 +622,35 @@ def range_around(chosen, values, loss, threshold):
     return {"low": ends.min(), "high": ends.max()}
 
 
-def describe_choice(table, columns, objective, chosen, drawn, seed):
+def describe_choice(choice, columns, drawn):
     """The chosen threshold with its intervals, beside 0.5 and the other metrics' choices."""
-    default, metric, missing = table.half, objective.metric, shortfall(table, objective)
-    loss = small_loss(table, objective)
+    table, objective, chosen = choice.table, choice.objective, choice.chosen
+    default, metric, loss = table.half, objective.metric, small_loss(table, objective)
+    missing = 0 * table.tp if choice.fixed else shortfall(table, objective)
     best = row(columns, chosen, metric)
     best |= {f"{name}_interval": ends for name, ends in drawn["intervals"].items()}
     best["value_interval"] = best[f"{metric}_interval"]
     best["value_corrected"] = best["value"] - drawn["luck"][metric]
-    found = {m: eligible(METRICS[m].sign * columns[m], missing) for m in METRICS}
-    own = {m: row(columns, middle_best(v), m) for m, v in found.items() if np.isfinite(v).any()}
-    values = found[metric]
+    eligibles = {m: eligible(METRICS[m].sign * columns[m], missing) for m in METRICS}
+    own = {m: row(columns, middle_best(v), m) for m, v in eligibles.items() if v.max() > -np.inf}
+    values = eligibles[metric]
     plateau = range_around(chosen, values, TOLERANCE, columns["threshold"])
-    ties = np.append(best["threshold_interval"], [*plateau.values()])  # as good in each table
-    best["threshold_interval"] = [ties.min(), ties.max()]
-    choice = {"best": best, "default": None, "gain": None}
+    if not choice.fixed:
+        ties = np.append(best["threshold_interval"], [*plateau.values()])  # as good in each table
+        best["threshold_interval"] = [ties.min(), ties.max()]
+    gain = None
     if default is not None:
-        choice["default"] = row(columns, default, metric)
         keeps_limits = bool(np.isfinite(values[default]))
-        gain = gain_over(table, objective, chosen, default, seed)
-        gain["default_keeps_limits"] = keeps_limits
-        choice["gain"] = weigh(gain, loss, table.n, keeps_limits and not objective.one_sided)
-    trivial = replace(
-        table[[chosen, chosen]], tp=np.array([table.pos, 0]), fp=np.array([table.neg, 0])
-    )
-    trivial = tabulate(trivial, objective)
-    return choice | {
-        "everybody": row(trivial, 0, metric) | {"threshold": None},
-        "nobody": row(trivial, 1, metric) | {"threshold": None},
+        gain = gain_over(choice, default) | {"default_keeps_limits": keeps_limits}
+        gain = weigh(gain, loss, table.n, keeps_limits and not objective.one_sided)
+    useless = {"tp": np.array([table.pos, 0]), "fp": np.array([table.neg, 0])}
+    useless = tabulate(replace(table[[chosen, chosen]], **useless), objective)
+    return {
+        "best": best,
+        "default": None if default is None else row(columns, default, metric),
+        "gain": gain,
+        "everybody": row(useless, 0, metric) | {"threshold": None},
+        "nobody": row(useless, 1, metric) | {"threshold": None},
         "by_metric": {m: own.get(m) for m in METRICS},
         "plateau": plateau,
         "near_optimal": range_around(chosen, values, loss, columns["threshold"]),
@@ -657,32 +688,43 @@ VERDICTS = {
 }
 
 
+CHOSEN_BY = {
+    "these cases": "Best threshold for {name}: {best[threshold]:t}",
+    "other cases": "The threshold {best[threshold]:t}, chosen on other cases, does this",
+    "given": "The given threshold {best[threshold]:t} does this",
+}
+
+
 def headline(result):
     """The result in a few words: value, default, difference, uncertainty."""
-    gain, objective = result.summary["gain"], result.objective
-    text = (
-        "Best threshold for {name}: {best[threshold]:t} ({name} {best[value]:.4f}, 95 % interval "
-        "{best[value_interval][0]:.4f} to {best[value_interval][1]:.4f}). "
+    summary, gain = result.summary, result.summary["gain"]
+    text = CHOSEN_BY[summary["chosen_by"]] + (
+        " ({name} {best[value]:.4f}, 95 % interval {best[value_interval][0]:.4f} to "
+        "{best[value_interval][1]:.4f}). "
     )
-    if objective.one_sided:
-        more = "more alerts" if result.summary["best"]["recall"] > 0.5 else "fewer alerts"
-        other = "--min-precision" if more == "more alerts" else "--min-recall"
-        text += f"That is no advice: {{name}} alone only asks for {more}. Add {other}."
-        return result.fill(text)
-    if gain is None:
-        return result.fill(text + "These scores have no default threshold to compare with.")
-    text += "The default 0.5 reaches {default[value]:.4f}"
-    if gain["verdict"] is None:
-        return result.fill(text + ", but breaks a limit.")
-    if result.summary["best"]["threshold"] == 0.5:
-        return result.fill(text + ": it is the best itself.")
-    text += (
-        ". Corrected for the optimism of choosing and scoring on the same cases, the gain is "
-        "{gain[corrected]:+z.4f} (95 % interval {gain[corrected_interval][0]:+z.4f} to "
-        "{gain[corrected_interval][1]:+z.4f}): "
-    )
-    needed = float(f"{gain['cases_needed'] or 0:.1e}")  # two digits of it
-    return result.fill(text + VERDICTS[gain["verdict"]], needed=needed)
+    needed = 0
+    if result.objective.one_sided:
+        more = summary["best"]["recall"] > 0.5
+        text += "That is no advice: {name} alone only asks for " + (
+            "more alerts. Add --min-precision." if more else "fewer alerts. Add --min-recall."
+        )
+    elif gain is None:
+        text += "These scores have no default threshold to compare with."
+    elif gain["verdict"] is None:
+        text += "The default 0.5 reaches {default[value]:.4f}, but breaks a limit."
+    elif summary["best"]["threshold"] == 0.5:
+        text += "That is the default."
+    else:
+        text += "The default 0.5 reaches {default[value]:.4f}. " + (
+            "The gain is "
+            if result.choice.fixed
+            else "Corrected for the optimism of choosing and scoring on the same cases, the gain "
+            "is "
+        )
+        text += "{gain[corrected]:+z.4f} (95 % interval {gain[corrected_interval][0]:+z.4f} to "
+        text += "{gain[corrected_interval][1]:+z.4f}): " + VERDICTS[gain["verdict"]]
+        needed = float(f"{gain['cases_needed'] or 0:.1e}")  # two digits of it
+    return result.fill(text, needed=needed)
 
 
 def tell_choice(result):
@@ -724,7 +766,7 @@ def tell_choice(result):
 # %% 3. What moving the threshold does
 def tell_trade_off(result):
     """The choice, and ten rows of the table down and up from it: 0.1 on the grid."""
-    last, chosen = result.table.threshold.size - 1, result.chosen
+    last, chosen = result.table.threshold.size - 1, result.choice.chosen
     yield "  threshold  precision  recall  false alarms    misses"
     line = "  {threshold:>9t}{precision:>11.3f}{recall:>8.3f}{fp:>14,.0f}{fn:>10,.0f}"
     for index in sorted({max(chosen - 10, 0), chosen, min(chosen + 10, last)}):
@@ -733,27 +775,47 @@ def tell_trade_off(result):
 
 
 # %% 4. How certain this is
-def draw(table, objective, cuts, seed):
+def split_groups(cases, table):
+    """Cells of each group, shape (G, 2, T + 1); those beyond 2,000 are joined to others."""
+    if cases.groups is None:
+        return None
+    size = table.threshold.size + 1
+    cell = np.searchsorted(table.threshold.astype(cases.scores.dtype), cases.scores, side="right")
+    cell += size * cases.labels + 2 * size * (cases.groups % 2000)
+    number = min(cases.groups.max() + 1, 2000)
+    counts = np.bincount(cell, cases.counts, minlength=2 * size * number)
+    return counts.reshape(number, 2, size)
+
+
+def draw(choice, *cuts):
     """Tables that the population may have, given the cases, and the choice in each.
 
     Bayesian bootstrap (Rubin 1981): a Gamma draw for each cell of the counts gives its share.
     The thresholds ``cuts`` cut each class into parts, and each part has half a case more
     (Jeffreys' prior): that no error was seen does not mean that none is possible. The time
-    does not depend on the number of cases.
+    does not depend on the number of cases. Groups are drawn as wholes.
 
     Returns
     -------
     drawn : Counts
         Of shape (REPLICATES, T).
     picks : ndarray of int, shape (REPLICATES,)
-        The threshold chosen in each; the first of ``cuts`` where none keeps the limits.
+        The threshold chosen in each, or the given one where none keeps the limits.
     """
-    weights = table.cells().astype(float)
-    weights[:, [0, *(cut + 1 for cut in sorted(cuts)[:-1]), -1]] += 0.5
-    rng = np.random.default_rng(utils.derive_seed(seed, 1, *cuts))
-    drawn = table.redrawn(rng.standard_gamma(weights, (REPLICATES, *weights.shape)))
-    values = eligible(goodness(drawn, objective), shortfall(drawn, objective))
-    return drawn, np.where(np.isfinite(values).any(-1), middle_best(values), cuts[0])
+    table, clusters = choice.table, choice.clusters
+    rng = np.random.default_rng(utils.derive_seed(choice.seed, 1, *cuts))
+    cells = table.cells() if clusters is None else np.zeros(clusters.shape[1:])
+    prior = np.zeros(cells.shape)
+    prior[:, [0, *(cut + 1 for cut in sorted(cuts)[:-1]), -1]] = 0.5
+    weights = rng.standard_gamma(cells + prior, (REPLICATES, *cells.shape))
+    if clusters is not None:
+        shares = rng.standard_exponential((REPLICATES, len(clusters)))
+        weights += np.tensordot(shares, clusters, 1)
+    drawn = table.redrawn(weights)
+    if choice.fixed:
+        return drawn, np.full(REPLICATES, choice.chosen)
+    values = eligible(goodness(drawn, choice.objective), shortfall(drawn, choice.objective))
+    return drawn, np.where(values.max(-1) > -np.inf, middle_best(values), choice.chosen)
 
 
 def luck(drawn, seen, picks, chosen):
@@ -776,18 +838,19 @@ def ends(draws, seen, lucky, low=-np.inf, high=np.inf):
     return np.array([min(max(lower, low), seen), max(min(upper, high), seen)]) + 0.0  # no -0.0
 
 
-def certainty(table, objective, chosen, seed):
+def certainty(choice):
     """What the counts leave open at the chosen threshold.
 
     Returns
     -------
     dict
         95 % ``intervals`` of the threshold (chosen again in each drawn table) and of metrics at
-        the chosen one, the ``luck`` in those metrics, the ``probability`` that the population
-        keeps each limit, and (2, T) ``bands`` of the metrics.
+        the chosen one, the ``luck`` in those metrics, the probability that the population
+        keeps the ``limits``, and (2, T) ``bands`` of the metrics.
     """
-    drawn, picks = draw(table, objective, [chosen], seed)
-    found = {"intervals": {}, "luck": {}, "bands": {}, "probability": {}}
+    table, objective, chosen = choice.table, choice.objective, choice.chosen
+    drawn, picks = draw(choice, chosen)
+    found = {"intervals": {}, "luck": {}, "bands": {}, "limits": {}}
     thresholds = np.quantile(table.threshold[picks], LEVELS, method="inverted_cdf")
     found["intervals"]["threshold"] = np.sort(objective.orient * thresholds)
     for metric in {*CURVES, *COMPARED, *RATES, objective.metric}:
@@ -801,18 +864,19 @@ def certainty(table, objective, chosen, seed):
         rate = LIMITS[name]
         expected = measure(rate, drawn, objective)[:, chosen] - found["luck"][rate]
         kept = expected <= limit if name.startswith("max") else expected >= limit
-        found["probability"][name] = kept.mean()
+        found["limits"][name] = {"limit": limit, "probability": kept.mean()}
     return found
 
 
-def gain_over(table, objective, chosen, other, seed):
+def gain_over(choice, other):
     """How much better the chosen threshold is than another one, which was not chosen.
 
     Where no threshold is better than another, the drawn tables, which take the counts for the
     truth, show 1 / sqrt(2) of the luck: the interval allows for all of it.
     """
-    drawn, picks = draw(table, objective, [chosen, other], seed)
-    draws, seen = goodness(drawn, objective), goodness(table, objective)
+    objective, chosen = choice.objective, choice.chosen
+    drawn, picks = draw(choice, chosen, other)
+    draws, seen = goodness(drawn, objective), goodness(choice.table, objective)
     lucky, value = luck(draws, seen, picks, chosen), seen[chosen] - seen[other]
     interval = ends(draws[:, chosen] - draws[:, other], value, np.sqrt(2) * lucky)
     if chosen == other:
@@ -821,21 +885,33 @@ def gain_over(table, objective, chosen, other, seed):
 
 
 def hold_out(cells, share, seed):
-    """Split the cells at random, by class, into a choosing and a scoring part; (2, T + 1) each."""
+    """Split the cells at random, by class, into a choosing and a scoring part; (2, T + 1) each.
+
+    Cells of groups, (G, 2, T + 1), are split by group.
+    """
+    rng = np.random.default_rng(utils.derive_seed(seed, 2))
+    if cells.ndim == 3:
+        order = rng.permutation(len(cells))
+        first = round(np.clip(share * len(cells), 1, len(cells) - 1))
+        return cells[order[first:]].sum(0), cells[order[:first]].sum(0)
     totals = cells.sum(-1)
     sizes = np.clip(np.round(totals * share), 1, totals - 1).astype(int)
-    draw = np.random.default_rng(utils.derive_seed(seed, 2)).multivariate_hypergeometric
+    draw = rng.multivariate_hypergeometric
     # From which cells such a split takes its cases is a multivariate hypergeometric draw.
     scoring = np.array([draw(part, size, method="marginals") for part, size in zip(cells, sizes)])
     return cells - scoring, scoring
 
 
-def check_holdout(table, objective, share, seed):
+def check_holdout(choice, share):
     """What a threshold chosen on one part of the cases does on the other; None if too few."""
-    cells, default = table.cells(), table.half
-    if cells.sum(-1).min() < 2:
+    table, objective, default = choice.table, choice.objective, choice.table.half
+    cells = table.cells() if choice.clusters is None else choice.clusters
+    if cells.sum(-1).min() < 2 and choice.clusters is None:
         return None
-    choosing, scoring = (table.redrawn(part) for part in hold_out(cells, share, seed))
+    parts = hold_out(cells, share, choice.seed)
+    if min(part.sum(-1).min() for part in parts) == 0:
+        return None
+    choosing, scoring = (table.redrawn(part) for part in parts)
     values = eligible(goodness(choosing, objective), shortfall(choosing, objective))
     chosen, good = middle_best(values), goodness(scoring, objective)
     if not np.isfinite(values[chosen]):
@@ -851,14 +927,15 @@ def check_holdout(table, objective, share, seed):
 def tell_certainty(result):
     """How far the threshold, its value and its rates may be off."""
     best, held, gain = (result.summary[key] for key in ("best", "holdout", "gain"))
-    yield result.fill(
-        "In {replicates:,} tables that the population may have, given these cases, the best "
-        "threshold lies between {best[threshold_interval][0]:t} and "
-        "{best[threshold_interval][1]:t} (95 %). From {near_optimal[low]:t} to "
-        "{near_optimal[high]:t} the value is within {small_loss:.3g} of the best. Corrected for "
-        "optimism it is {best[value_corrected]:.4f}."
-    )
     near = result.summary["near_optimal"]
+    if not result.choice.fixed:
+        yield result.fill(
+            "In {replicates:,} tables that the population may have, given these cases, the best "
+            "threshold lies between {best[threshold_interval][0]:t} and "
+            "{best[threshold_interval][1]:t} (95 %). From {near_optimal[low]:t} to "
+            "{near_optimal[high]:t} the value is within {small_loss:.3g} of the best. Corrected "
+            "for optimism it is {best[value_corrected]:.4f}."
+        )
     # Where many thresholds are as good, more cases would not narrow the interval.
     if np.ptp(best["threshold_interval"]) > max(0.1, 2 * (near["high"] - near["low"])):
         yield "That interval of the threshold is wide: label more cases to narrow it."
@@ -872,15 +949,15 @@ def tell_certainty(result):
             f"The {METRICS[LIMITS[name]].name} of the population at this threshold is {sense} "
             f"{found['limit']:g} with a probability of {found['probability']:.0%}."
         )
-    if held is None:
+    if held:
+        yield result.fill(
+            "Chosen on one part of the cases ({holdout[threshold]:t}, value "
+            "{holdout[value_where_chosen]:.4f}) and scored on the other {holdout[n]:,}: "
+            "{holdout[value]:.4f}{over}.",
+            over=f", {held['gain']:+z.4f} over 0.5" if gain and gain["verdict"] else "",
+        )
+    elif not result.choice.fixed:
         yield "There are too few cases to choose on one part and score on the other."
-        return
-    yield result.fill(
-        "Chosen on one part of the cases ({holdout[threshold]:t}, value "
-        "{holdout[value_where_chosen]:.4f}) and scored on the other {holdout[n]:,}: "
-        "{holdout[value]:.4f}{over}.",
-        over=f", {held['gain']:+z.4f} over 0.5" if gain and gain["verdict"] else "",
-    )
 
 
 # %% 5. Are the scores probabilities?
@@ -952,25 +1029,30 @@ def isotonic(positives, count):
     return np.repeat(hits / cases, width.astype(int))
 
 
-def check_theory(every, table, best, objective, seed):
+def check_theory(choice, best):
     """Where calibrated probabilities would have the optimum, and what using it loses.
 
     F1: half the best F1 (Lipton, Elkan and Naryanaswamy 2014). Cost: c_FP / (c_FP + c_FN)
-    (Elkan 2001). None for other metrics, under limits, and at another prevalence.
+    (Elkan 2001). None for other metrics, under limits, at another prevalence or a given choice.
     """
-    costs = objective.fp_cost + objective.fn_cost
-    expected = {"f1": best["f1"] / 2, "cost": objective.fp_cost / costs}.get(objective.metric)
-    if expected is None or objective.limits or objective.prevalence is not None:
+    table, o = choice.table, choice.objective
+    rules = {"f1": best["f1"] / 2, "cost": o.fp_cost / (o.fp_cost + o.fn_cost)}
+    expected = rules.get(o.metric)
+    if expected is None or o.limits or o.prevalence is not None or choice.fixed:
         return dict.fromkeys(["expected_threshold", "expected_loss", "expected_loss_interval"])
-    wider = table.joined(every.at([expected]))
-    loss = gain_over(
-        wider, objective, *wider.threshold.searchsorted([best["threshold"], expected]), seed
-    )
+    loss = gain_over(choice, abs(table.threshold - expected).argmin())
     return {
         "expected_threshold": expected,
         "expected_loss": loss["value"],
         "expected_loss_interval": loss["corrected_interval"],
     }
+
+
+MISCALIBRATED = {
+    True: "So they are not calibrated; calibrate them on held-out cases (Platt scaling, isotonic "
+    "regression).",
+    False: "That is no sign of miscalibration.",
+}
 
 
 def tell_calibration(result):
@@ -979,16 +1061,14 @@ def tell_calibration(result):
     if found is None:
         yield "No: they lie outside [0, 1], or low ones mean positive."
         return
-    yield result.fill(
-        "On average over {calibration[groups]} groups of cases by score, they are off by "
-        "{calibration[ece]:.3f}; perfectly calibrated scores would be off by "
-        "{calibration[ece_by_chance][0]:.3f} to {calibration[ece_by_chance][1]:.3f} by chance. "
-        "{so}",
-        so="So they are not calibrated; calibrate them on held-out cases (Platt scaling, isotonic "
-        "regression)."
-        if found["miscalibrated"]
-        else "That is no sign of miscalibration.",
-    )
+    off = "On average over {calibration[groups]} groups of like size, they are off by "
+    off += "{calibration[ece]:.3f}"
+    if found["miscalibrated"] is None:
+        yield result.fill(off + "; what chance does to dependent cases is not known.")
+    else:
+        off += "; perfectly calibrated scores would be off by {calibration[ece_by_chance][0]:.3f} "
+        off += "to {calibration[ece_by_chance][1]:.3f} by chance. "
+        yield result.fill(off + MISCALIBRATED[found["miscalibrated"]])
     if found["expected_threshold"] is not None:
         lost = found["expected_loss_interval"][0] > 0
         yield result.fill(
@@ -1084,7 +1164,7 @@ def save(result, folder):
     utils.write_json(folder / "summary.json", result.summary)
     say("  thresholds.csv", "  summary.json")
     if result.summary["scenario"]:
-        cases = {"y_true": result.labels.astype(int), "y_score": result.scores}
+        cases = {"y_true": result.cases.labels.astype(int), "y_score": result.cases.scores}
         utils.write_csv(folder / "scores.csv", cases)
         say("  scores.csv")
 
@@ -1194,7 +1274,8 @@ def plot_reliability(plt, result):
     shape = result.reliability
     figure, (axes, below) = plt.subplots(2, sharex=True, figsize=(6.4, 6), height_ratios=(3, 1))
     label = "where calibrated scores would be (95 %)"
-    axes.fill_between(shape["score"], *shape["band"], color="lightgray", lw=0, label=label)
+    if result.choice.clusters is None:
+        axes.fill_between(shape["score"], *shape["band"], color="lightgray", lw=0, label=label)
     axes.plot(shape["score"], shape["share"], color=BLUE, label="these scores (isotonic curve)")
     title = "As probabilities, the scores are off by {calibration[ece]:.3f} on average"
     axes.set(ylabel="share of positives", title=result.fill(title))
@@ -1231,13 +1312,16 @@ def parse_arguments(argv):
     add("--n-samples", type=utils.integer(2), default=10_000, help="number of cases")
     add("--positive-rate", type=share, default=0.3, help="share of positives")
     add = parser.add_argument_group("your own scores").add_argument
-    add("--scores", type=Path, help="CSV file with a header, or NPZ file")
-    add("--label-column", default="y_true", help="column or array of the labels")
-    add("--score-column", default="y_score", help="column or array of the scores")
-    add("--lower-is-positive", action="store_true", help="low scores mean positive")
+    add("--scores", type=Path, help="CSV (also .gz, .bz2, .xz), NPZ or NPY file; - is the input")
+    add("--label-column", help="column or array of the labels, else y_true or found by values")
+    add("--score-column", help="column or array of the scores, else y_score or found by values")
     add("--positive", help="label that is positive; every other one is negative")
+    add("--lower-is-positive", action="store_true", help="low scores mean positive")
+    add("--count-column", help="how many cases a row stands for")
+    add("--group-column", help="person, place or day; cases of one are resampled together")
+    add("--test", type=Path, help="judge the choice on the cases of another file")
     add = parser.add_argument_group("what is best").add_argument
-    add("--metric", choices=METRICS, default="f1", help="column of thresholds.csv to optimise")
+    add("--metric", type=metric_name, choices=METRICS, default="f1", help="what to optimise")
     add("--beta", type=number(0, 1000, "(]"), default=2.0, help="weight of recall in f_beta")
     add("--fp-cost", type=number(0, 1e9), default=1.0, help="cost of a false alarm")
     add("--fn-cost", type=number(0, 1e9), default=1.0, help="cost of a miss")
@@ -1246,16 +1330,41 @@ def parse_arguments(argv):
     add("--max-alert-rate", type=number(0, 1), help="limit on the share of alerts")
     add("--prevalence", type=share, help="share of positives where it will be used")
     add("--exact", action="store_true", help="also search all distinct scores")
+    add("--threshold", type=number(-1e300, 1e300), help="judge this one instead of choosing")
     add = parser.add_argument_group("run").add_argument
     add("--holdout", type=share, default=0.5, help="share of cases that scores the choice")
     add("--seed", type=utils.integer(0, 2**128), default=42, help="of simulation and resampling")
     add("--output-dir", type=Path, default=Path("outputs/part1"), help="where to write")
     add("--show", action="store_true", help="also show the plots in windows")
     arguments = parser.parse_args(argv)
+    check_arguments(arguments, parser.get_default)
     arguments.show = arguments.show and utils.can_show()
-    if arguments.fp_cost + arguments.fn_cost == 0:
-        raise UserError("--fp-cost and --fn-cost are both 0: give one of them a value")
     return arguments
+
+
+def metric_name(text):
+    """The key of a metric, of which the console shows the name."""
+    names = {metric.name.lower(): key for key, metric in METRICS.items()}
+    return names.get(text.lower(), text.lower())
+
+
+OF_FILES = "label_column score_column positive lower_is_positive count_column group_column test"
+OF_SIMULATIONS = "scenario n_samples positive_rate"
+
+
+def check_arguments(a, default):
+    """Refuse options that contradict each other or have no effect."""
+    needs = dict.fromkeys(OF_FILES.split(), ("--scores", a.scores))
+    needs |= dict.fromkeys(OF_SIMULATIONS.split(), ("simulated scores", not a.scores))
+    needs |= dict.fromkeys(["fp_cost", "fn_cost"], ("--metric cost", a.metric == "cost"))
+    needs["beta"] = "--metric f_beta", a.metric == "f_beta"
+    needs["threshold"] = "a choice on the same cases", not a.test
+    for name, (what, there) in needs.items():
+        if getattr(a, name) != default(name) and not there:
+            option = f"--{name.replace('_', '-')}"
+            raise UserError(f"{option} has no effect without {what}: add that or leave it out")
+    if a.fp_cost + a.fn_cost == 0:
+        raise UserError("--fp-cost and --fn-cost are both 0: give one of them a value")
 
 
 if __name__ == "__main__":

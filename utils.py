@@ -4,12 +4,16 @@ torch and matplotlib are imported where they are used, so that part 1 never wait
 """
 
 import argparse
+import bz2
 import csv
 import functools
+import gzip
 import hashlib
 import http.client
 import io
+import itertools
 import json
+import lzma
 import math
 import os
 import platform
@@ -24,10 +28,13 @@ import threading
 import time
 import urllib.request
 import zipfile
+import zlib
 from collections import namedtuple
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import numpy as np
 
@@ -425,121 +432,261 @@ def _fetch(url, file, stall_seconds):
 
 # %% Score files
 
+OPENERS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+FOREIGN = {  # how files of other kinds begin, and what they are
+    b"PAR1": "a Parquet file",
+    b"\x80": "a pickle, which could run any program",
+    b"\xd0\xcf\x11\xe0": "an Excel file",
+    b"PK\x03\x04": "an Excel file or another archive",
+    b"[": "a JSON file",
+    b"{": "a JSON file",
+}
+UTF_16 = (b"\xff\xfe", b"\xfe\xff")  # the marks it begins with
+MISSING = ("", "nan", "na", "null")  # as a label
 
-def read_scores(path, label_column, score_column, positive=None):
-    """Labels and scores from a CSV file with a header, or from an NPZ file.
+
+class Cases(NamedTuple):
+    """What a score file holds."""
+
+    labels: np.ndarray  # bool, (n,)
+    scores: np.ndarray  # float, (n,), in the file's own precision
+    counts: np.ndarray | None = None  # int64, (n,): cases that each row stands for
+    groups: np.ndarray | None = None  # int, (n,): which person, place or day a case belongs to
+    remark: str = ""  # which columns were taken, if nobody said
+
+
+@dataclass(frozen=True)
+class _Table:
+    """Columns as they were read, and where each row was."""
+
+    path: str
+    columns: dict
+    unit: str = "index"
+    places: list | range = range(2**62)
+    comma: bool = False  # whether numbers may be written 0,5
+
+    def refuse(self, bad, what, values, remedy):
+        """Raise a UserError if any row is ``bad``: how many, the first one and its value."""
+        if (rows := np.flatnonzero(bad)).size:
+            first = rows[0]
+            raise UserError(
+                f"{self.path}: {what} in {rows.size} row{'s' * (rows.size > 1)}, the first in "
+                f"{self.unit} {self.places[first]} ({str(values[first])!r:.40}): {remedy}"
+            )
+
+    def numbers(self, name):
+        """A column as numbers; what is none becomes NaN."""
+        column = self.columns[name]
+        if isinstance(column, np.ndarray) and column.dtype.kind not in "US":
+            return column if column.dtype.kind in "fiub" else np.full(len(column), math.nan)
+        try:
+            return np.array([*map(float, column)])
+        except (ValueError, TypeError):
+            return np.array([_number(str(text), self.comma) for text in column])
+
+
+def read_scores(path, label=None, score=None, positive=None, count=None, group=None, unit=False):
+    """Read labels and scores from a table with a header, or from NumPy's arrays.
+
+    Parameters
+    ----------
+    path : path-like
+        CSV with comma, semicolon, tab or bar, also compressed; NPZ, or NPY of shape (n, 2);
+        ``-`` is standard input.
+    label, score, count, group : str, optional
+        Names of columns; the first two are ``y_true`` and ``y_score``, or found by their values.
+    positive : str, optional
+        The label that is positive, all others being negative; otherwise labels are 0 and 1.
+    unit : bool
+        Refuse scores outside [0, 1].
 
     Returns
     -------
-    labels : ndarray of bool, shape (n,)
-    scores : ndarray of float, shape (n,), in the file's own precision
+    Cases
 
     Raises
     ------
     UserError
         If the file, a column, a score or a label is not what it should be.
     """
-    read = _read_npz if path.suffix.lower() == ".npz" else _read_csv
-    labels, scores, lines = read(path, label_column, score_column)
-    if labels.ndim != 1 or labels.shape != scores.shape:
-        raise UserError(
-            f"{path}: {label_column} has shape {labels.shape} and {score_column} "
-            f"{scores.shape}: give two columns of equal length"
-        )
-    if scores.size == 0:
-        raise UserError(f"{path} has a header but no cases: give a file with scores")
-    bad = np.flatnonzero(~np.isfinite(scores))
-    if bad.size:
-        raise UserError(
-            f"{path}: {bad.size} scores in {score_column} are NaN or infinite, the "
-            f"first in {lines[0]} {lines[1][bad[0]]}: remove or fix them"
-        )
-    return _find_positives(f"{path}: the labels in {label_column}", labels, positive), scores
+    table = _read_table(path)
+    names = [name for name in (count, group) if name]
+    label, score, remark = _find_columns(table, label, score, names)
+    shapes = {name: np.shape(table.columns[name]) for name in (label, score, *names)}
+    if len({*shapes.values()}) > 1 or len(shapes[label]) != 1:
+        shapes = " and ".join(f"{name} has shape {shape}" for name, shape in shapes.items())
+        raise UserError(f"{table.path}: {shapes}: give columns of equal length")
+    if shapes[label] == (0,):
+        raise UserError(f"{table.path} has a header but no cases: give a file with scores")
+    counts = _find_counts(table, count) if count else None
+    labels = _find_positives(table, label, positive, counts)
+    scores = _find_scores(table, score, unit)
+    groups = np.unique(table.columns[group], return_inverse=True)[1] if group else None
+    held = slice(None) if counts is None else counts > 0
+    some = [array if array is None else array[held] for array in (labels, scores, counts, groups)]
+    return Cases(*some, remark)
 
 
-def _read_csv(path, *names):
-    """The columns (text, float64), and the line on which each row ends."""
-    labels, scores, lines = [], [], []
+def _read_table(path):
+    name = "standard input" if str(path) == "-" else str(path)
+    suffix = Path(path).suffix.lower()
     try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            reader = csv.reader(file, strict=True)
-            header = next(reader, [])
-            if len(header) == 1 and (used := [mark for mark in ";\t|" if mark in header[0]]):
-                raise UserError(
-                    f"{path} separates its columns by {used[0]!r}: separate them by commas"
-                )
-            a, b = _find_columns(path, header, names)
-            for row in filter(None, reader):
-                labels.append(row[a])
-                scores.append(float(row[b]))
-                lines.append(reader.line_num)
-    except IndexError:
-        raise UserError(f"{path}, line {reader.line_num}: too few columns") from None
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{path} is not a CSV file ({error}): give CSV or NPZ") from error
-    except ValueError:
-        raise UserError(
-            f"{path}, line {reader.line_num}: {row[b]!r} in {names[1]} is not a number"
-        ) from None
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
-    return np.array(labels), np.array(scores), ("line", lines)
+        with _open(path) as file:
+            head = file.read(6)
+            file.seek(0)
+            if suffix == ".npz":
+                return _Table(name, _read_arrays(name, file))
+            if head == b"\x93NUMPY":
+                return _Table(name, _read_array(name, file))
+            for start, what in FOREIGN.items():
+                if head.startswith(start):
+                    raise UserError(f"{name} is {what}: export it as CSV with a header")
+            return _read_csv(name, file, "utf-16" if head[:2] in UTF_16 else "utf-8-sig")
+    except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"cannot read {name}: {reason}") from error
 
 
-def _read_npz(path, *names):
-    """The arrays as they are, and their indices; nothing pickled is loaded."""
+def _open(path):
+    if str(path) == "-":
+        return io.BytesIO(sys.stdin.buffer.read())
+    return OPENERS.get(Path(path).suffix.lower(), open)(path, "rb")
+
+
+def _read_csv(path, file, encoding):
+    rows, lines = [], []
     try:
-        with np.load(path, allow_pickle=False) as arrays:
-            _find_columns(path, arrays.files, names)
-            labels, scores = (arrays[name] for name in names)
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
-    except UserError:
-        raise
+        text = io.TextIOWrapper(file, encoding, newline="")
+        first = next(text, "")
+        mark = max(",;\t|", key=first.count)
+        reader = csv.reader(itertools.chain([first], text), strict=True, delimiter=mark)
+        header = [name.strip() for name in next(reader, [])]
+        for row in filter(None, reader):
+            rows.append(row)
+            lines.append(reader.line_num)
+    except (UnicodeError, csv.Error) as error:
+        raise UserError(f"{path} is not a CSV file ({error}): give CSV, NPZ or NPY") from error
+    if not header:
+        raise UserError(f"{path} is empty: give a CSV file with a header, NPZ or NPY")
+    if all(np.isfinite([_number(name, True) for name in header])):
+        raise UserError(f"{path} begins with numbers: give it a header, such as y_true,y_score")
+    table = _Table(path, dict.fromkeys(header, ()), "line", lines, mark == ";")
+    fields = [len(row) for row in rows]
+    table.refuse(
+        np.array(fields) != len(header),
+        f"more or fewer fields than the header, which has {len(header)},",
+        [mark.join(row) for row in rows],
+        "fix them; decimal commas need semicolons between the columns",
+    )
+    if len(table.columns) < len(header):
+        twice = next(name for name in header if header.count(name) > 1)
+        raise UserError(f"{path} has more than one column {twice!r}: rename all but one")
+    return replace(table, columns=dict(zip(header, zip(*rows)))) if rows else table
+
+
+def _read_arrays(path, file):
+    """The arrays of an NPZ file; nothing pickled is loaded."""
+    try:
+        with np.load(file, allow_pickle=False) as arrays:
+            columns = {name: arrays[name] for name in arrays.files}
     except Exception as error:  # a damaged archive can raise almost anything
         raise UserError(f"{path} is not a readable NPZ file ({error})") from error
-    if scores.dtype.kind not in "fiub" or labels.dtype.kind not in "fiubUS":
-        raise UserError(
-            f"{path}: {names[0]} is {labels.dtype} and {names[1]} is {scores.dtype}: "
-            "labels must be numbers or text, scores numbers"
-        )
-    if labels.dtype.kind == "S":
-        labels = np.char.decode(labels, "utf-8", "backslashreplace")
-    narrow = scores.dtype.kind == "f" and scores.dtype.itemsize <= 8
-    dtype = scores.dtype.newbyteorder("=") if narrow else np.float64
-    return labels, scores.astype(dtype, copy=False), ("index", range(scores.size))
+    if not columns:
+        raise UserError(f"{path} is empty: give an NPZ file with labels and scores")
+    return columns
 
 
-def _find_columns(path, present, wanted):
-    if not present:
-        raise UserError(f"{path} is empty: give a CSV file with a header, or an NPZ file")
-    for name in wanted:
-        if present.count(name) != 1:
+def _read_array(path, file):
+    try:
+        array = np.load(file, allow_pickle=False)
+    except (ValueError, EOFError, MemoryError) as error:
+        raise UserError(f"{path} is not a readable NPY file ({error})") from error
+    if array.ndim != 2 or array.shape[1] != 2:
+        raise UserError(f"{path} has shape {array.shape}: give one of (n, 2), label and score")
+    return {"y_true": array[:, 0], "y_score": array[:, 1]}
+
+
+def _find_columns(table, label, score, others):
+    """Names of label and score, and what to say of a choice that nobody made."""
+    columns, usual = table.columns, {"y_true", "y_score"}
+    if not (label or score or usual <= {*columns}):
+        kinds = {name: _kind(table, name) for name in columns if name not in others}
+        ranked = sorted(kinds, key=lambda name: KINDS.index(kinds[name]))
+        labels = [name for name in ranked if kinds[name] == kinds[ranked[0]] != "numbers"]
+        scores = [name for name in ranked if "numbers" in kinds[name] and name not in labels]
+        if len(labels) == len(scores) == 1:
+            remark = f"Labels are taken from {labels[0]}, scores from {scores[0]}."
+            return labels[0], scores[0], remark
+    label, score = label or "y_true", score or "y_score"
+    for name in (label, score, *others):
+        if name not in columns:
             raise UserError(
-                f"{path} has {'more than one' if name in present else 'no'} column {name!r} among "
-                f"{textwrap.shorten(', '.join(present), 300)}: name yours with --label-column "
+                f"{table.path} has no column {name!r} among "
+                f"{textwrap.shorten(', '.join(columns), 300)}: name yours with --label-column "
                 "and --score-column"
             )
-    return [present.index(name) for name in wanted]
+    return label, score, ""
 
 
-def _find_positives(what, values, positive):
+KINDS = "0 and 1", "two words", "two numbers", "numbers", "words"
+
+
+def _kind(table, name):
+    numbers, values = table.numbers(name), {*np.ravel(table.columns[name]).tolist()}
+    if np.isin(numbers, (0, 1)).all():
+        return "0 and 1"
+    kind = "numbers" if np.isfinite(numbers).all() else "words"
+    return f"two {kind}" if len(values) == 2 else kind
+
+
+def _find_scores(table, name, unit):
+    scores = table.numbers(name)
+    text = table.columns[name]
+    remedy = "give a number in each row"
+    if any("," in str(value) for value in text[:1000]):
+        remedy += "; decimal commas need semicolons between the columns"
+    table.refuse(~np.isfinite(scores), f"no finite number in {name}", text, remedy)
+    if unit:
+        what = f"a score outside [0, 1] in {name}"
+        remedy = "give probabilities, or add --exact for other scores"
+        table.refuse((scores < 0) | (scores > 1), what, text, remedy)
+    narrow = scores.dtype.kind == "f" and scores.dtype.itemsize <= 8
+    return scores.astype(scores.dtype.newbyteorder("=") if narrow else np.float64, copy=False)
+
+
+def _find_counts(table, name):
+    counts, text = table.numbers(name), table.columns[name]
+    bad = ~((counts >= 0) & (counts == np.floor(counts)) & (counts < 2**53))
+    table.refuse(bad, f"no whole number of cases in {name}", text, "round or remove them")
+    return counts.astype(np.int64)
+
+
+def _find_positives(table, name, positive, counts):
     """Labels as bool: 1 (or ``positive``) against 0 (or every other value)."""
-    found = np.unique(values[:1000]).tolist()
-    found = ", ".join(map(repr, found[:5])) + ", ..." * (len(found) > 5)
-    sought = "1" if positive is None else positive
+    values = table.columns[name]
+    if isinstance(values, np.ndarray) and values.dtype.kind == "S":
+        values = np.char.decode(values, "utf-8", "backslashreplace")
+    if not (isinstance(values, np.ndarray) and values.dtype.kind in "fiub"):
+        values = np.array([str(value).strip() for value in values])
+        absent = np.isin(values, MISSING) | np.isin(np.char.lower(values), MISSING)
+    else:
+        absent = np.isnan(values)
+    table.refuse(absent, f"no label in {name}", values, "label or remove them")
+    sought = "1" if positive is None else positive.strip()
     numbers, wanted = _as_numbers(values), _as_numbers(np.array([sought]))
-    if positive is None and (numbers is None or not np.isin(numbers, (0, 1)).all()):
-        raise UserError(
-            f"{what} are not all 0 or 1 (there is {found}): say with --positive "
-            "which value is positive"
-        )
+    known = np.unique(values[:1000]).tolist()
+    known = ", ".join(map(repr, known[:5])) + ", ..." * (len(known) > 5)
+    if positive is None:
+        strange = ~(np.isin(values, ("0", "1")) if numbers is None else np.isin(numbers, (0, 1)))
+        remedy = f"there is {known}; say with --positive which label is positive"
+        table.refuse(strange, f"a label in {name} that is neither 0 nor 1", values, remedy)
     as_text = numbers is None or wanted is None
     labels = values.astype(str) == sought if as_text else numbers == wanted
-    if not labels.any() or labels.all():
+    held = labels if counts is None else labels[counts > 0]
+    if not held.any() or held.all():
         raise UserError(
-            f"{what} are {'all' if labels.all() else 'never'} {sought} (there is {found}): "
-            "both classes are needed; see --positive"
+            f"{table.path}: the labels in {name} are {'all' if held.any() else 'never'} "
+            f"{sought} (there is {known}): both classes are needed; see --positive"
         )
     return labels
 
@@ -549,6 +696,13 @@ def _as_numbers(values):
         return values.astype(float)
     except (ValueError, TypeError):
         return None
+
+
+def _number(text, comma):
+    try:
+        return float(text.replace(",", ".") if comma else text)
+    except ValueError:
+        return math.nan
 
 
 # %% Plots

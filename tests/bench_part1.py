@@ -28,6 +28,7 @@ from part1_threshold import (  # noqa: E402
     GRID,
     METRICS,
     REPLICATES,
+    Choice,
     Objective,
     certainty,
     count_every_score,
@@ -37,6 +38,7 @@ from part1_threshold import (  # noqa: E402
     simulate_scores,
     tabulate,
 )
+from utils import Cases  # noqa: E402
 
 
 def row(what, seconds, remark=""):
@@ -66,7 +68,7 @@ def extra_memory(function, labels, scores):
 
 def table_of(labels, scores):
     """Counts at the thresholds that a run chooses from."""
-    every = count_every_score(labels, scores)
+    every = count_every_score(Cases(labels, scores), Objective())
     return lay_table(every, find_best(every, Objective()), scores.dtype, Objective())[1]
 
 
@@ -112,7 +114,7 @@ def bench_whole_runs(n):
 
 def bench_numpy(labels, scores, repeats):
     n, rivals = f"{scores.size:.0e}", (sweep, plain_sweep)
-    every = count_every_score(labels, scores)
+    every = count_every_score(Cases(labels, scores), Objective())
     best = find_best(every, Objective())
     ours, plain, sort, table, exact = medians(
         repeats,
@@ -131,11 +133,11 @@ def bench_numpy(labels, scores, repeats):
 
 def bench_certainty(labels, scores, repeats):
     table = table_of(labels, scores)
-    chosen = find_best(table, Objective())
+    choice = Choice(table, Objective(), find_best(table, Objective()))
     both = medians(
         repeats,
-        lambda: certainty(table, Objective(), chosen, 0),
-        lambda: gain_over(table, Objective(), chosen, 0, 0),
+        lambda: certainty(choice),
+        lambda: gain_over(choice, 0),
     )
     row(f"{scores.size:.0e}: intervals of {REPLICATES:,} drawn tables", both[0])
     row(f"{scores.size:.0e}: interval of the gain, likewise", both[1])

@@ -19,6 +19,7 @@ import part1_threshold as part1
 from part1_threshold import (
     GRID,
     METRICS,
+    Choice,
     Counts,
     Metric,
     Objective,
@@ -33,7 +34,7 @@ from part1_threshold import (
     measure,
     simulate_scores,
 )
-from utils import UserError, read_scores
+from utils import Cases, UserError, read_scores
 
 ROOT = Path(part1.__file__).resolve().parent
 COUNTS = ["threshold", "tp", "fp", "fn", "tn"]
@@ -51,9 +52,13 @@ def sample(n=400, seed=0, decimals=None, dtype=np.float64):
     return labels, (scores if decimals is None else scores.round(decimals)).astype(dtype)
 
 
+def count(labels, scores, objective=Objective()):  # noqa: B008 (frozen)
+    return count_every_score(Cases(labels, scores), objective)
+
+
 def table_of(labels, scores, objective=Objective()):  # noqa: B008 (frozen)
     """Counts at the thresholds that a run chooses from."""
-    every = count_every_score(labels, scores)
+    every = count(labels, scores, objective)
     return lay_table(every, find_best(every, objective), scores.dtype, objective)[1]
 
 
@@ -63,7 +68,7 @@ def all_metrics(labels, scores, objective=Objective()):  # noqa: B008 (frozen)
 
 
 def summary_of(labels, scores, *arguments, **more):
-    return analyse(labels, scores, *arguments, **more).summary
+    return analyse(Cases(labels, scores), *arguments, **more).summary
 
 
 def write_npz(path, labels, scores):
@@ -169,7 +174,7 @@ def test_cost_net_benefit_and_alert_rate_equal_their_formulas():
 
 def test_net_benefit_at_the_threshold_1_is_that_of_the_hits():
     """The odds are infinite there, but of no false alarm."""
-    every = count_every_score(np.array([True, False]), np.array([1.0, 0.5]))
+    every = count(np.array([True, False]), np.array([1.0, 0.5]))
     assert_array_equal(every.threshold, [0.5, 1, np.nextafter(1, 2)])
     assert_array_equal(measure("net_benefit", every, Objective()), [0, 0.5, 0])
 
@@ -196,7 +201,7 @@ def test_areas_and_calibration_error_equal_sklearn_and_a_loop(decimals):
     groups = np.split(order, 10) if decimals is None else [scores == s for s in set(scores)]
     for group in groups:
         error += abs(labels[group].sum() - scores[group].sum()) / scores.size
-    found = calibration(count_every_score(labels, scores), 0)
+    found = calibration(count(labels, scores), 0)
     # Rare scores are joined, whose errors can then cancel out.
     assert found["ece"] == pytest.approx(error, abs=1e-12 if decimals is None else 0.02)
     summary = summary_of(labels, scores, Objective())
@@ -213,7 +218,7 @@ def test_errors_within_a_tenth_of_the_scores_are_seen(low, high, expected):
     sizes, positives = zip(low, high)
     scores = np.repeat([0.002, 0.018], sizes)
     labels = np.concatenate([np.arange(n) < k for n, k in zip(sizes, positives)])
-    found = calibration(count_every_score(labels, scores), 0)
+    found = calibration(count(labels, scores), 0)
     loop = sum(abs(k - n * s) for (n, k), s in zip((low, high), (0.002, 0.018))) / sum(sizes)
     assert found["ece"] == pytest.approx(loop)
     assert (round(found["ece"], 3), found["miscalibrated"]) == (expected, True)
@@ -237,14 +242,14 @@ def test_calibrated_scores_are_rarely_called_miscalibrated(monkeypatch, kind, n)
         rng = np.random.default_rng([seed, n])
         scores = CALIBRATED[kind](rng, n)
         labels = rng.random(n) < scores
-        said += calibration(count_every_score(labels, scores), seed)["miscalibrated"]
+        said += calibration(count(labels, scores), seed)["miscalibrated"]
     assert said <= 9  # binomial: more than 9 of 100 at 5 % has a chance of 2.8 %, at 2.5 % none
 
 
 def test_miscalibrated_scores_are_called_so():
     for seed in range(20):
         labels, scores = simulate_scores(1000, 0.3, "underconfident", seed)
-        assert calibration(count_every_score(labels, scores), seed)["miscalibrated"]
+        assert calibration(count(labels, scores), seed)["miscalibrated"]
 
 
 def test_the_isotonic_curve_equals_sklearns():
@@ -299,7 +304,7 @@ def test_exact_optimum_equals_brute_force(metric, limits):
             scores = (10 * scores - 5).astype(np.float32)
         expected, counts = (
             brute_force(labels, scores, objective),
-            count_every_score(labels, scores),
+            count(labels, scores),
         )
         if expected == -np.inf:
             with pytest.raises(UserError, match="closest"):
@@ -466,8 +471,8 @@ def test_intervals_agree_with_resampling_the_rows(metric):
     labels, scores = sample(300, seed=3)
     objective, sign, chosen = Objective(metric, fn_cost=2), METRICS[metric].sign, HALF - 3
     table = table_of(labels, scores)
-    found = certainty(table, objective, chosen, 0)
-    gain = gain_over(table, objective, chosen, HALF, 0)
+    choice = Choice(table, objective, chosen)
+    found, gain = certainty(choice), gain_over(choice, HALF)
 
     rng = np.random.default_rng(99)
     rows = rng.integers(0, 300, (2000, 300))
@@ -497,7 +502,7 @@ def test_only_the_gain_of_the_default_over_itself_is_certain():
     """Where no error was seen, the interval ends at none, but has a width."""
     labels, scores = np.arange(8) == 7, np.linspace(0.2, 0.9, 8)
     table = table_of(labels, scores)
-    same = gain_over(table, Objective(), HALF, HALF, 0)
+    same = gain_over(Choice(table, Objective(), HALF), HALF)
     assert same["value"] == same["corrected"] == 0 == np.ptp(same["corrected_interval"])
     found = summary_of(labels, scores, Objective())["best"]
     for metric in "value", "precision", "recall", "specificity":
@@ -524,22 +529,15 @@ def test_no_false_alarm_seen_at_a_low_prevalence_is_not_none_possible(tmp_path):
 def test_a_limit_has_the_probability_with_which_the_population_keeps_it():
     """Of 200 samples, about as many keep the limit as the runs say on average."""
     limit, kept, stated = 0.9, [], []
-    hits, alarms = (
-        simulate_scores(200_000, 0.3, "balanced", 9)[1][labels]
-        for labels in (
-            simulate_scores(200_000, 0.3, "balanced", 9)[0],
-            ~simulate_scores(200_000, 0.3, "balanced", 9)[0],
-        )
-    )
-    hits.sort(), alarms.sort()
-    for seed in range(200):
-        labels, scores = simulate_scores(300, 0.3, "balanced", seed)
-        table = table_of(labels, scores, objective := Objective(min_precision=limit))
-        chosen = find_best(table, objective)
-        tp = hits.size - hits.searchsorted(table.threshold[chosen])
-        fp = alarms.size - alarms.searchsorted(table.threshold[chosen])
-        kept.append(tp / (tp + fp) >= limit)
-        stated.append(certainty(table, objective, chosen, seed)["probability"]["min_precision"])
+    labels, scores = simulate_scores(300_000, 0.3, "balanced", 9)
+    population = part1.count_every_score(Cases(labels, scores), Objective())
+    for seed in range(150):
+        objective = Objective(min_precision=limit)
+        table = table_of(*simulate_scores(300, 0.3, "balanced", seed), objective)
+        choice = Choice(table, objective, find_best(table, objective), seed)
+        at = population.at(table.threshold[[choice.chosen]])
+        kept.append(measure("precision", at, objective).item() >= limit)
+        stated.append(certainty(choice)["limits"]["min_precision"]["probability"])
     assert np.mean(stated) == pytest.approx(np.mean(kept), abs=0.1)
     assert 0.2 < np.mean(kept) < 0.8
 
@@ -630,8 +628,8 @@ def test_order_of_the_rows_changes_nothing(tmp_path):
 
 def test_every_row_twice_changes_no_metric():
     labels, scores = sample(decimals=2)
-    once = analyse(labels, scores, Objective(), exact=True)
-    twice = analyse(labels.repeat(2), scores.repeat(2), Objective(), exact=True)
+    once = analyse(Cases(labels, scores), Objective(), exact=True)
+    twice = analyse(Cases(labels.repeat(2), scores.repeat(2)), Objective(), exact=True)
     for a, b in (once.table, twice.table), (once.curve, twice.curve):
         assert_array_equal(2 * a.tp, b.tp)
         for metric in METRICS:
@@ -736,7 +734,7 @@ def test_published_net_benefit(tmp_path, scores_dir):
     arguments = ["--scores", path, "--label-column", names[0], "--score-column", names[1]]
     summary, table = run(tmp_path, *arguments, "--metric", "net_benefit")
     model = table["net_benefit"][table["threshold"] == 0.25].item()
-    labels, _ = read_scores(path, *names)
+    labels, _ = read_scores(path, *names)[:2]
     everybody = all_metrics(labels, np.ones(labels.size))["net_benefit"][15]
     assert summary["n"] == 750
     assert model == pytest.approx(0.0640, abs=5e-5)
@@ -757,7 +755,7 @@ def test_files_of_the_default_run(default_run):
     assert all(name in text for name in names)
     rows = list(csv.reader((folder / "thresholds.csv").read_text().splitlines()))
     assert rows[0] == COLUMNS and [float(row[0]) for row in rows[1:]] == GRID.tolist()
-    labels, scores = read_scores(folder / "scores.csv", "y_true", "y_score")
+    labels, scores = read_scores(folder / "scores.csv")[:2]
     expected = simulate_scores(10_000, 0.3, "balanced", 42)
     assert_array_equal(labels, expected[0])
     assert_array_equal(scores, expected[1])
@@ -867,7 +865,7 @@ def test_a_metric_and_a_figure_are_one_entry_each(tmp_path, monkeypatch):
 
     def plot_scores(plt, result):
         figure, axes = plt.subplots()
-        axes.hist(result.scores[result.labels])
+        axes.hist(result.cases.scores[result.cases.labels])
         return figure
 
     monkeypatch.setitem(METRICS, "jaccard", Metric("Jaccard index", jaccard))
@@ -927,8 +925,11 @@ def test_a_gain_is_rarely_claimed_of_scores_without_skill(monkeypatch, metric):
     claims = 0
     for seed in range(60):
         rng = np.random.default_rng(seed)
-        labels, scores = rng.random(300) < 0.3, rng.beta(4, 4, 300)
-        gain = summary_of(labels, scores, Objective(metric), seed=seed)["gain"]
+        table = table_of(
+            rng.random(300) < 0.3, rng.beta(4, 4, 300), objective := Objective(metric)
+        )
+        half = table.threshold.searchsorted(0.5)
+        gain = gain_over(Choice(table, objective, find_best(table, objective), seed), half)
         claims += gain["corrected_interval"][0] > 0
     assert claims <= 7  # binomial: more than 7 of 60 at 5 % has a chance of 1.5 %
 
@@ -1003,12 +1004,10 @@ def test_scores_that_say_nothing_are_said_to_be_guesses(n):
     rng, known = np.random.default_rng(n), 0
     for _ in range(200):
         labels = rng.permutation(np.arange(n) < max(1, n // 3))
-        known += (
-            part1.judge_ranking(count_every_score(labels, rng.random(n).round(2))) != "unclear"
-        )
+        known += part1.judge_ranking(count(labels, rng.random(n).round(2))) != "unclear"
     assert known <= 20
     if n > 3:
-        skilled = count_every_score(*sample(n))
+        skilled = count(*sample(n))
         assert part1.judge_ranking(skilled) == "right"
 
 
@@ -1097,3 +1096,105 @@ def test_the_closing_table_is_in_the_metric_of_the_run(tmp_path, capsys):
     assert at_30["value"] == pytest.approx(summary["best"]["value"])
     assert at_30["value_at_default"] == pytest.approx(summary["default"]["value"])
     assert "positive (cost, no limits)" in printed(capsys)
+
+
+def test_a_given_threshold_is_judged_and_not_flattered(tmp_path, capsys):
+    """It need not be in the table; there was no choice, so there is no luck and no hold-out."""
+    labels, scores = sample(500, seed=1)
+    path = write_npz(tmp_path / "s.npz", labels, scores)
+    summary, table = run(tmp_path / "out", "--scores", path, "--threshold", 0.4321)
+    best, called = summary["best"], scores >= 0.4321
+    assert (best["threshold"], best["tp"]) == (0.4321, (called & labels).sum())
+    assert best["f1"] == pytest.approx(sk.f1_score(labels, called)) == best["value_corrected"]
+    assert best["value_interval"][0] < best["f1"] < best["value_interval"][1]
+    assert summary["gain"]["corrected"] == summary["gain"]["value"] and not summary["holdout"]
+    assert summary["chosen_by"] == "given" and "optimism" not in printed(capsys)
+    assert 0.4321 in table["threshold"]
+
+
+def test_a_choice_is_judged_on_the_cases_of_another_file(tmp_path, capsys):
+    """Later data say of the threshold what they would say of it if it were given."""
+    first, later = sample(400, seed=1), sample(300, seed=2)
+    paths = [write_npz(tmp_path / f"{i}.npz", *data) for i, data in enumerate((first, later))]
+    chosen = run(tmp_path / "a", "--scores", paths[0])[0]["best"]["threshold"]
+    summary, _ = run(tmp_path / "b", "--scores", paths[0], "--test", paths[1])
+    given, _ = run(tmp_path / "c", "--scores", paths[1], "--threshold", chosen)
+    assert summary["best"] == given["best"] and summary["gain"] == given["gain"]
+    assert summary["n"] == 300 and summary["roc_auc"] == given["roc_auc"]
+    assert summary["chosen_by"] == "other cases"
+    assert "chosen on other cases" in printed(capsys)
+
+
+def dependent(seed, groups=40, size=25):
+    """Cases of 40 persons, whose scores share most of their noise."""
+    rng = np.random.default_rng(seed)
+    person = np.repeat(np.arange(groups), size)
+    labels = rng.random(groups * size) < np.repeat(rng.beta(2, 4, groups), size)
+    noise = np.repeat(rng.normal(0, 1.2, groups), size) + rng.normal(0, 0.6, groups * size)
+    return Cases(labels, 1 / (1 + np.exp(-(2.5 * labels - 1.25 + noise))), None, person)
+
+
+def test_cases_of_a_group_are_resampled_together(monkeypatch):
+    """With 40 groups of 25 dependent cases the interval covers the truth; without it does not."""
+    monkeypatch.setattr(part1, "REPLICATES", 400)
+    many = np.mean(
+        [
+            measure("f1", table_of(*dependent(1000 + s)[:2])[[HALF]], Objective())
+            for s in range(400)
+        ]
+    )
+    covered = {"alone": 0, "grouped": 0}
+    for seed in range(100):
+        cases = dependent(seed)
+        table = table_of(*cases[:2])[np.arange(HALF - 30, HALF + 41)]
+        for name, clusters in ("alone", None), ("grouped", part1.split_groups(cases, table)):
+            choice = Choice(
+                table, Objective(), table.threshold.searchsorted(0.5), seed, True, clusters
+            )
+            low, high = certainty(choice)["intervals"]["f1"]
+            covered[name] += low <= many <= high
+    assert covered["grouped"] >= 87 > 75 > covered["alone"]  # 90 %, less 1 standard deviation
+
+
+def test_a_group_column_is_read_and_split_as_wholes(tmp_path, capsys):
+    cases = dependent(0)
+    names = np.array([f"person {i}" for i in cases.groups])
+    path = tmp_path / "s.npz"
+    np.savez(path, y_true=cases.labels, y_score=cases.scores, who=names)
+    plain, _ = run(tmp_path / "a", "--scores", path)
+    summary, _ = run(tmp_path / "b", "--scores", path, "--group-column", "who")
+    assert summary["groups"] == 40 and summary["holdout"]["n"] == 500
+    assert "40 groups" in printed(capsys) and summary["calibration"]["miscalibrated"] is None
+    widths = [np.ptp(s["best"]["recall_interval"]) for s in (plain, summary)]
+    assert widths[1] > 1.5 * widths[0]
+    assert summary["best"]["f1"] == plain["best"]["f1"]
+
+
+def test_groups_of_one_case_each_are_no_groups():
+    labels, scores = sample(1500, seed=3)
+    cases = Cases(labels, scores, None, np.arange(1500))
+    a, b = (analyse(c, Objective()).summary["best"] for c in (cases, cases._replace(groups=None)))
+    for metric in "value", "recall", "specificity":
+        assert_allclose(a[f"{metric}_interval"], b[f"{metric}_interval"], atol=0.01)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    ["--fp-cost 2", "--fn-cost 2 --metric f1", "--beta 3", "--positive yes", "--count-column n",
+     "--group-column g", "--lower-is-positive", "--label-column y", "--test x.csv",
+     "--scenario calibrated --scores x.csv", "--threshold 0.5 --test x.csv --scores x.csv"],
+)  # fmt: skip
+def test_an_option_without_effect_is_refused(tmp_path, capsys, arguments):
+    assert arguments.split()[0] in assert_refused(tmp_path, capsys, *arguments.split())
+
+
+def test_a_metric_may_be_called_as_the_console_calls_it(tmp_path):
+    for name, key in ("F1", "f1"), ("Youden's J", "youden_j"), ("Matthews corr.", "mcc"):
+        assert run(tmp_path, "--n-samples", 100, "--metric", name)[0]["metric"] == key
+
+
+def test_a_wait_is_announced(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    path = write_npz(tmp_path / "s.npz", rng.random(2_400_000) < 0.3, rng.random(2_400_000))
+    run(tmp_path / "out", "--scores", path)
+    assert capsys.readouterr().out.startswith("Reading ")

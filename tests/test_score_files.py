@@ -4,12 +4,18 @@ Every damaged file follows from a seed. ``main`` is called in the process, so an
 exception that it does not turn into an exit status fails the test.
 """
 
+import bz2
 import csv
+import gzip
 import io
 import json
+import lzma
 import os
+import pickle
 import random
+import sys
 import zipfile
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -51,6 +57,16 @@ GOOD_CSV = {  # case: content, value of --positive
     "positive yes": (HEAD + b"yes,0.9\nno,0.125\nno,0.5\nyes,0.75\n", "yes"),
     "positive 1": (HEAD + b"1.0,0.9\n2,0.125\n0,0.5\n1,0.75\n", "1"),
     "positive 0": (HEAD + b"0,0.9\n1,0.125\n1,0.5\n0,0.75\n", "0"),
+    "semicolons": (ROWS.replace(b",", b";"), None),
+    "semicolons and decimal commas": (ROWS.replace(b",", b";").replace(b".", b","), None),
+    "tabs": (ROWS.replace(b",", b"\t"), None),
+    "bars": (ROWS.replace(b",", b"|"), None),
+    "UTF-16": (ROWS.decode().encode("utf-16"), None),
+    "UTF-16, big-endian": (b"\xfe\xff" + ROWS.decode().encode("utf-16-be"), None),
+    "blanks": (ROWS.replace(b",", b" , ").replace(b"\n", b" \n"), None),
+    "blanks around words": (HEAD + b"yes ,0.9\nno,0.125\n no,0.5\n yes,0.75\n", "yes"),
+    "other names": (b"id,class,p\na,1,.9\nb,0,.125\nc,0,.5\nd,1,.75\n", None),
+    "other names and words": (b"class,p\nbad,.9\ngood,.125\ngood,.5\nbad,.75\n", "bad"),
     "comma inside": (HEAD + b'"a,b",0.9\nc,0.125\nd,0.5\n"a,b",0.75\n', "a,b"),
 }
 GOOD_NPZ = {  # case: labels, type of the scores, value of --positive
@@ -74,7 +90,7 @@ GOOD_NPZ = {  # case: labels, type of the scores, value of --positive
 def test_csv_is_read(tmp_path, case):
     content, positive = GOOD_CSV[case]
     (tmp_path / "s.csv").write_bytes(content)
-    labels, scores = read_scores(tmp_path / "s.csv", "y_true", "y_score", positive)
+    labels, scores = read_scores(tmp_path / "s.csv", positive=positive)[:2]
     assert (labels.dtype, scores.dtype) == (bool, np.float64)
     assert (labels.tolist(), scores.tolist()) == (LABELS, SCORES)
 
@@ -85,12 +101,21 @@ def test_npz_is_read_in_its_own_precision(tmp_path, case):
     given = np.array(SCORES).astype(dtype)
     path = tmp_path / "s.npz"
     np.savez(path, y_true=truth, y_score=given)
-    labels, scores = read_scores(path, "y_true", "y_score", positive)
+    labels, scores = read_scores(path, positive=positive)[:2]
     assert (labels.dtype, labels.tolist()) == (bool, LABELS)
     assert scores.dtype == {"f2": np.float16, "f4": np.float32, ">f4": np.float32}.get(
         dtype, float
     )
     assert_array_equal(scores, given)
+
+
+COUNTED, TIMES = b"y_true,y_score,times\n", ["--count-column", "times"]
+
+
+def as_npy(array):
+    file = io.BytesIO()
+    np.save(file, array)
+    return file.getvalue()
 
 
 BAD = {  # case: content of a CSV or NPZ file, further arguments, what the error names
@@ -102,16 +127,57 @@ BAD = {  # case: content of a CSV or NPZ file, further arguments, what the error
     "an image": ("csv", b"\x89PNG\r\n\x1a\n\x00\x00\xff\xfe", [], ["CSV"]),
     "open quote": ("csv", HEAD + b'1,"0.3\n0,0.4\n', [], ["CSV"]),
     "text as NPZ": ("npz", b"no archive", [], ["NPZ"]),
-    "semicolons": ("csv", b"y_true;y_score\n1;0.3\n", [], ["';'", "commas"]),
-    "tabs": ("csv", b"y_true\ty_score\n1\t0.3\n", [], ["\\t", "commas"]),
-    "bars": ("csv", b"y_true|y_score\n1|0.3\n", [], ["'|'", "commas"]),
-    "no column": ("csv", b"label,y_score\n1,0.3\n", [], ["y_true", "label"]),
-    "no array": ("npz", {"label": [0, 1], "y_score": [0.1, 0.2]}, [], ["y_true", "label"]),
+    "no column": ("csv", b"label,y_score,z\n1,0.3,3\n0,.2,4\n", [], ["y_true", "label"]),
+    "no array": ("npz", {"a": [0, 1], "b": [0.1, 0.2], "c": [5, 6]}, [], ["y_true", "a, b, c"]),
+    "no such column": ("csv", ROWS, ["--count-column", "times"], ["times", "y_true"]),
     "two columns": ("csv", b"y_true,y_score,y_score\n1,0.3,0.4\n", [], ["y_score"]),
     "short row": ("csv", HEAD + b"1,0.3\n0\n", [], ["line 3"]),
     "word as score": ("csv", HEAD + b"1,0.3\n\n0,many\n", [], ["line 4", "many"]),
-    "NaN": ("csv", HEAD + b"1,0.3\n0,nan\n0,0.1\n1,inf\n", [], ["2 scores", "line 3"]),
-    "NaN NPZ": ("npz", {"y_true": [0, 1, 1], "y_score": [0, np.nan, np.inf]}, [], ["2 scores"]),
+    "NaN": ("csv", HEAD + b"1,0.3\n0,nan\n0,0.1\n1,inf\n", [], ["2 rows", "line 3", "nan"]),
+    "NaN NPZ": (
+        "npz",
+        {"y_true": [0, 1, 1], "y_score": [0, np.nan, np.inf]},
+        [],
+        ["2 rows", "index 1"],
+    ),
+    "unlabelled": ("csv", HEAD + b"1.0,.9\n,.8\n0.0,.1\n,.7\nNaN,.2\n", [], ["3 rows", "line 3"]),
+    "unlabelled, named": (
+        "csv",
+        HEAD + b"1.0,.9\n,.8\n0.0,.1\n,.7\n",
+        ["--positive", "1.0"],
+        ["2 rows", "line 3"],
+    ),
+    "unlabelled NPZ": ("npz", {"y_true": [0, 1, np.nan], "y_score": [0, 0, 1]}, [], ["index 2"]),
+    "no score": ("csv", HEAD + b"1,0.3\n0,\n0,0.1\n1,\n", [], ["2 rows", "line 3"]),
+    "decimal commas": ("csv", HEAD + b"1,0,91\n0,0,12\n", [], ["2 rows", "line 2", "semicolons"]),
+    "quoted decimal commas": (
+        "csv",
+        HEAD + b'1,"0,9"\n0,0.1\n',
+        [],
+        ["1 row", "0,9", "semicolons"],
+    ),
+    "long row": ("csv", HEAD + b"1,0.3\n0,0.2,5\n", [], ["1 row", "line 3"]),
+    "above one": ("csv", HEAD + b"1,0.3\n0,1.0000001\n", [], ["1.0000001", "line 3", "--exact"]),
+    "late label": (
+        "csv",
+        HEAD + b"".join(b"%d,0.%d\n" % (i % 2, i) for i in range(1000)) + b"2,0.5\n",
+        [],
+        ["'2'", "line 1002", "--positive"],
+    ),
+    "no header": ("csv", b"1,0.9\n0,0.2\n", [], ["header", "y_true,y_score"]),
+    "Parquet": ("parquet", b"PAR1\x15\x00", [], ["Parquet", "export", "CSV"]),
+    "Excel": ("xlsx", b"PK\x03\x04\x14\x00", [], ["Excel", "export", "CSV"]),
+    "old Excel": ("xls", b"\xd0\xcf\x11\xe0\xa1\xb1", [], ["Excel", "export", "CSV"]),
+    "JSON": ("json", b'[{"y_true": 1, "y_score": 0.3}]', [], ["JSON", "export", "CSV"]),
+    "JSON lines": ("jsonl", b'{"y_true": 1, "y_score": 0.3}\n', [], ["JSON", "export"]),
+    "a pickle": ("pkl", pickle.dumps([1, 0]), [], ["pickle", "export", "CSV"]),
+    "not compressed": ("csv.gz", ROWS, [], ["cannot read"]),
+    "cut off": ("csv.gz", gzip.compress(ROWS * 50)[:-20], [], ["cannot read"]),
+    "not compressed xz": ("csv.xz", ROWS, [], ["cannot read"]),
+    "three columns": ("npy", as_npy(np.ones((4, 3))), [], ["(4, 3)"]),
+    "half a case": ("csv", COUNTED + b"1,0.3,2.5\n0,0.2,1\n", TIMES, ["2.5", "whole", "line 2"]),
+    "minus a case": ("csv", COUNTED + b"1,0.3,2\n0,0.2,-1\n", TIMES, ["-1", "line 3"]),
+    "no counted negatives": ("csv", COUNTED + b"1,0.3,2\n0,0.2,0\n", TIMES, ["both classes"]),
     "one class": ("csv", HEAD + b"1,0.3\n1,0.4\n", [], ["both classes"]),
     "word labels": ("csv", HEAD + b"cat,0.3\ndog,0.4\n", [], ["--positive", "cat", "dog"]),
     "three labels": ("csv", HEAD + b"0,0.3\n1,0.4\n2,0.4\n", [], ["--positive"]),
@@ -137,6 +203,86 @@ def test_bad_file_is_one_line_and_nothing_written(tmp_path, capsys, case):
     assert part1.main([*map(str, command)]) == 2
     error = check_refusal(2, capsys.readouterr().err, case).replace(str(tmp_path), "")
     assert all(text in error for text in expected) and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("suffix, compress", [
+    ("csv.gz", gzip.compress), ("csv.bz2", bz2.compress), ("csv.xz", lzma.compress),
+])  # fmt: skip
+def test_compressed_files_are_read(tmp_path, suffix, compress):
+    (tmp_path / f"s.{suffix}").write_bytes(compress(ROWS))
+    labels, scores = read_scores(tmp_path / f"s.{suffix}")[:2]
+    assert (labels.tolist(), scores.tolist()) == (LABELS, SCORES)
+
+
+@pytest.mark.parametrize("data", [ROWS, as_npy(np.array([LABELS, SCORES]).T)])
+def test_standard_input_is_read(tmp_path, monkeypatch, data):
+    """CSV, and an NPY array of label and score."""
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(data)))
+    assert part1.main(["--scores", "-", "--output-dir", str(tmp_path)]) == 0
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert (summary["n"], summary["n_positive"], summary["roc_auc"]) == (4, 2, 1)
+
+
+def test_columns_that_nobody_named_are_named(tmp_path, capsys):
+    """One of 0 and 1 and one of numbers; of two other values it asks for the positive one."""
+    path = tmp_path / "s.csv"
+    path.write_bytes(b"outcome,risk,name\n1,.9,a\n0,.1,b\n0,.5,c\n")
+    assert part1.main(["--scores", str(path), "--output-dir", str(tmp_path / "out")]) == 0
+    assert "Labels are taken from outcome, scores from risk." in capsys.readouterr().out
+    for words in b"outcome,risk\nbad,.9\ngood,.1\n", b"outcome,risk\n1,.9\n2,.1\n2,.5\n":
+        path.write_bytes(words)
+        assert part1.main(["--scores", str(path), "--output-dir", str(tmp_path / "out")]) == 2
+        assert "--positive" in check_refusal(2, capsys.readouterr().err, words)
+
+
+def test_a_row_that_counts_n_times_equals_n_rows(tmp_path):
+    """Every number of the run, with ties and rows that count for nothing."""
+    rng = np.random.default_rng(0)
+    labels, counts = np.arange(60) % 3 == 0, rng.integers(0, 5, 60)
+    scores = (0.5 * rng.random(60) + 0.3 * labels).round(2)
+    np.savez(tmp_path / "a.npz", y_true=labels, y_score=scores, times=counts)
+    rows = np.arange(60).repeat(counts)
+    np.savez(tmp_path / "b.npz", y_true=labels[rows], y_score=scores[rows])
+    found = []
+    for name, more in ("a", ["--count-column", "times"]), ("b", []):
+        out = ["--exact", "--output-dir", str(tmp_path / name)]
+        assert part1.main(["--scores", str(tmp_path / f"{name}.npz"), *more, *out]) == 0
+        summary = json.loads((tmp_path / name / "summary.json").read_text())
+        found.append(summary | {"source": ""})
+    assert simplify(found[0]) == simplify(found[1])
+
+
+def test_a_database_can_do_the_counting(tmp_path):
+    """README's GROUP BY, on ten million scores of four decimals in a Parquet file."""
+    duckdb = pytest.importorskip("duckdb")
+    database, file = duckdb.connect(), tmp_path / "scores.parquet"
+    database.execute(
+        "COPY (SELECT (hash(i) % 10 < 3)::INT AS y_true, round(least(0.9999, hash(i + 1) % 10000"
+        " / 20000 + (hash(i) % 10 < 3)::INT * (hash(i + 2) % 5000) / 10000), 4) AS y_score FROM "
+        f"range(10_000_000) t(i)) TO '{file}' (FORMAT parquet)"
+    )
+    database.execute(
+        f"COPY (SELECT y_true, y_score, count(*) AS n FROM '{file}' GROUP BY y_true, y_score) "
+        f"TO '{tmp_path / 'counts.csv'}' (HEADER)"
+    )
+    direct = database.execute(f"SELECT y_true, y_score FROM '{file}'").fetchnumpy()
+    np.savez(tmp_path / "scores.npz", **direct)
+    found = []
+    for name, more in ("counts.csv", ["--count-column", "n"]), ("scores.npz", []):
+        out = tmp_path / "out"
+        assert part1.main(["--scores", str(tmp_path / name), *more, "--output-dir", str(out)]) == 0
+        found.append(json.loads((out / "summary.json").read_text()) | {"source": ""})
+    assert found[0]["n"] == 10_000_000
+    assert simplify(found[0]) == simplify(found[1])
+
+
+def simplify(value):
+    """A nested value with its floats rounded: sums in another order differ in the last digit."""
+    if isinstance(value, dict):
+        return {key: simplify(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [simplify(item) for item in value]
+    return round(value, 9) if isinstance(value, float) else value
 
 
 def damaged_bytes(data, rng):
@@ -201,7 +347,7 @@ def random_csv(rng):
         return as_csv(rows), False
     if way == 6:  # other bytes altogether
         return rng.choice([
-            rng.randbytes(300), as_csv(rows).decode().encode("utf-16"), b'"' + as_csv(rows),
+            rng.randbytes(300), as_csv(rows).decode().encode("utf-16-le"), b'"' + as_csv(rows),
             as_csv(rows).replace(b"y_score", b"y_sc\xffre"), b"\x00" * 50, b"PK\x03\x04",
         ]), False  # fmt: skip
     if way == 7:  # unusual, and outside [0, 1] only usable with --exact
@@ -294,14 +440,14 @@ def random_npz(rng):
         bad[place], strange[place] = rng.choice([np.nan, np.inf, -np.inf]), rng.choice([2, -1])
         other = rng.choice([
             {"y_score": bad}, {"y_true": strange}, {"y_true": labels * 0}, {"y_score": scores[1:]},
-            {"y_score": scores[None]}, {"y_score": scores + 1j}, {"y_score": scores.astype(str)},
+            {"y_score": scores[None]}, {"y_score": scores + 1j},
             {"y_true": labels[:0], "y_score": scores[:0]}, {"y_score": np.array(0.5)},
             {"y_true": np.array([Hostile()] * len(labels))},
             {"y_score": np.array(list(scores), dtype=object)},
         ])  # fmt: skip
         return as_npz(**good | other), False
     if way == 4:
-        rename = rng.choice([{"y_true": "label"}, {"y_score": "score"}])
+        rename, good["more"] = rng.choice([{"y_true": "label"}, {"y_score": "score"}]), scores
         return as_npz(**{rename.get(key, key): value for key, value in good.items()}), False
     if way == 5:
         single = io.BytesIO()
