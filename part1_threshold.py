@@ -140,13 +140,15 @@ def analyse(cases, objective, *, exact=False, given=None, test=None, share=0.5, 
         place = objective.orient * given
         row_of_it = replace(every.at([dtype.type(place)]), threshold=np.array([place]))
         table = table.joined(row_of_it)
-    chosen = find_best(table, objective) if given is None else table.threshold.searchsorted(place)
+    allowed = promised(table, objective)
+    chosen = find_best(table, objective, allowed)
+    chosen = chosen if given is None else table.threshold.searchsorted(place)
     fixed = given is not None or test is not None
     if test is not None:  # the thresholds stay; every number is that of the other cases
         cases, every, dtype = test, count_every_score(test, objective), test.scores.dtype
         optimum = find_best(every, objective)
         table = replace(every.at(table.threshold.astype(dtype)), threshold=table.threshold)
-    choice = Choice(table, objective, chosen, seed, fixed, split_groups(cases, table))
+    choice = Choice(table, objective, chosen, seed, fixed, allowed, split_groups(cases, table))
     columns = tabulate(table, objective)
     drawn = certainty(choice)
     found = describe_choice(choice, columns, drawn)
@@ -174,7 +176,7 @@ def analyse(cases, objective, *, exact=False, given=None, test=None, share=0.5, 
         **found,
         "limits": drawn["limits"],
         "replicates": REPLICATES,
-        "holdout": None if fixed else check_holdout(choice, share),
+        "holdout": None if fixed or objective.confidence else check_holdout(choice, share),
         "exact": describe_exact(best_of_all, found["best"], objective) if exact else None,
         "calibration": calibrated,
         "balances": other_balances(table, objective),
@@ -372,6 +374,11 @@ def lay_table(every, optimum, dtype, objective):
         kind, table = "grid", replace(every.at(GRID.astype(dtype)), threshold=GRID)
     else:
         kind, table = "quantiles", shortened(every, quantiles(every.tp + every.fp), dtype)
+    if objective.confidence:  # which may depend on the scores, but not on their labels
+        alerts = every.tp + every.fp
+        wanted = np.geomspace(1, every.n, GRID.size).round()
+        rows = np.unique(np.searchsorted(-alerts, -wanted, side="right") - 1)
+        return "extended", table.joined(shortened(every, rows, dtype))
     values = eligible(goodness(table, objective), shortfall(table, objective))
     gain = goodness(every[[optimum]], objective).item() - values.max()
     inside = every.probabilities and GRID[0] <= every.threshold[optimum] <= GRID[-1]
@@ -422,6 +429,7 @@ class Objective:
     min_precision: float | None = None
     min_recall: float | None = None
     max_alert_rate: float | None = None
+    confidence: float | None = None
     lower_is_positive: bool = False
 
     sign = property(lambda self: METRICS[self.metric].sign)
@@ -558,6 +566,7 @@ class Choice:
     chosen: int  # index in the table
     seed: int = 0
     fixed: bool = False  # whether it was chosen before these cases were seen
+    allowed: np.ndarray | bool = True  # the thresholds that are proved to keep the limits, (T,)
     clusters: np.ndarray | None = None  # cells of each group, (G, 2, T + 1)
 
 
@@ -595,15 +604,21 @@ def middle_best(values):
     return (tied >= (tied[..., -1:] + 1) // 2).argmax(-1)
 
 
-def find_best(counts, objective):
+def find_best(counts, objective, allowed=True):
     """Index of the best threshold within the limits; if none is, an error names the closest."""
     good, missing = goodness(counts, objective), shortfall(counts, objective)
-    values = eligible(good, missing)
+    values = eligible(good, missing + ~np.array(allowed))
     if np.isfinite(values).any():
         return middle_best(values)
     if np.isnan(good).all():
         raise UserError(f"{objective.metric} has no value at these scores: give another --metric")
     given = [f"--{name.replace('_', '-')} {limit:g}" for name, limit in objective.limits.items()]
+    if objective.confidence and missing.min() == 0:
+        raise UserError(
+            f"these {counts.n:,} cases prove for no threshold that the population keeps "
+            f"{' and '.join(given)} with a confidence of {objective.confidence:g}: "
+            f"{cases_needed(counts, objective)}, relax a limit or lower --confidence"
+        )
     closest = counts[[missing.argmin()]]
     rates = [
         f"{METRICS[m].name} {measure(m, closest, objective).item():.4f}" for m in LIMITS.values()
@@ -612,6 +627,47 @@ def find_best(counts, objective):
         f"no threshold satisfies {' and '.join(given)}; the closest is "
         f"{objective.orient * closest.threshold.item():.6g} with {', '.join(rates)}: relax a limit"
     )
+
+
+def promised(table, objective):
+    """Thresholds that keep all limits in the population, with the objective's confidence.
+
+    Exact binomial tests in fixed sequences (Angelopoulos et al. 2021, Learn then Test): of the
+    precision and the alert rate from the highest threshold down, of the recall from the lowest
+    up, each from where the number of cases could prove it until the first that fails. The
+    limits share the chance of a wrong one, 1 - confidence. True without a confidence.
+    """
+    allowed, limits, alerts = True, objective.limits, table.tp + table.fp
+    if objective.confidence is None:
+        return allowed
+    for name, limit in limits.items():
+        right, of, share, step, least = {
+            # From a few alerts a single unlucky case would end the sequence.
+            "min_precision": (table.tp, alerts, limit, -1, np.sqrt(table.pos)),
+            "min_recall": (table.tp, table.pos + 0 * alerts, limit, 1, 1),
+            "max_alert_rate": (table.n - alerts, table.n + 0 * alerts, 1 - limit, -1, 1),
+        }[name]
+        error = (1 - objective.confidence) / len(limits)
+        allowed = allowed & proved(right[::step], of[::step], share, error, least)[::step]
+    return allowed
+
+
+def proved(right, of, share, error, least):
+    """Where more than ``share`` of the cases is right, in a sequence of tests; shape (T,)."""
+    from scipy.special import betainc  # scikit-learn needs scipy, so it is there
+
+    begun = np.maximum.accumulate((share**of <= error) & (of >= least))
+    chance = betainc(right, of - right + 1, share)  # that so many are right if no more is
+    return begun & ~np.maximum.accumulate(begun & ~(chance <= error))
+
+
+def cases_needed(table, objective):
+    """How many cases like these would prove the limits, in words."""
+    for factor in 1.25 ** np.arange(1, 40):
+        more = {key: factor * getattr(table, key) for key in ("tp", "fp", "pos", "neg")}
+        if np.any(promised(replace(table, **more), objective)):
+            return f"give roughly {float(f'{factor * table.n:.1e}'):,.0f} cases like these"
+    return "more cases like these would not"
 
 
 def range_around(chosen, values, loss, threshold):
@@ -626,7 +682,7 @@ def describe_choice(choice, columns, drawn):
     """The chosen threshold with its intervals, beside 0.5 and the other metrics' choices."""
     table, objective, chosen = choice.table, choice.objective, choice.chosen
     default, metric, loss = table.half, objective.metric, small_loss(table, objective)
-    missing = 0 * table.tp if choice.fixed else shortfall(table, objective)
+    missing = 0 if choice.fixed else shortfall(table, objective) + ~np.array(choice.allowed)
     best = row(columns, chosen, metric)
     best |= {f"{name}_interval": ends for name, ends in drawn["intervals"].items()}
     best["value_interval"] = best[f"{metric}_interval"]
@@ -711,7 +767,12 @@ def headline(result):
     elif gain is None:
         text += "These scores have no default threshold to compare with."
     elif gain["verdict"] is None:
-        text += "The default 0.5 reaches {default[value]:.4f}, but breaks a limit."
+        text += "The default 0.5 reaches {default[value]:.4f}, but "
+        text += (
+            "is not proved to keep the limits."
+            if result.objective.confidence
+            else "breaks a limit."
+        )
     elif summary["best"]["threshold"] == 0.5:
         text += "That is the default."
     else:
@@ -750,7 +811,7 @@ def tell_choice(result):
         "{average_precision:.4f}.",
         **result.counts(summary["best"]),
     )
-    if summary["table"] == "extended":
+    if summary["table"] == "extended" and not result.objective.confidence:
         yield result.fill(
             "The best thresholds lie where the table had none, so it was extended to {size} "
             "thresholds by the scores of positives.",
@@ -814,7 +875,8 @@ def draw(choice, *cuts):
     drawn = table.redrawn(weights)
     if choice.fixed:
         return drawn, np.full(REPLICATES, choice.chosen)
-    values = eligible(goodness(drawn, choice.objective), shortfall(drawn, choice.objective))
+    missing = shortfall(drawn, choice.objective) + ~np.array(choice.allowed)
+    values = eligible(goodness(drawn, choice.objective), missing)
     return drawn, np.where(values.max(-1) > -np.inf, middle_best(values), choice.chosen)
 
 
@@ -949,6 +1011,12 @@ def tell_certainty(result):
             f"The {METRICS[LIMITS[name]].name} of the population at this threshold is {sense} "
             f"{found['limit']:g} with a probability of {found['probability']:.0%}."
         )
+    if result.objective.confidence:
+        yield result.fill(
+            "Such a choice is proved to keep the limits in the population, but for at most "
+            "{wrong:.3g} % of all samples.",
+            wrong=100 * (1 - result.objective.confidence),
+        )
     if held:
         yield result.fill(
             "Chosen on one part of the cases ({holdout[threshold]:t}, value "
@@ -956,7 +1024,7 @@ def tell_certainty(result):
             "{holdout[value]:.4f}{over}.",
             over=f", {held['gain']:+z.4f} over 0.5" if gain and gain["verdict"] else "",
         )
-    elif not result.choice.fixed:
+    elif not (result.choice.fixed or result.objective.confidence):
         yield "There are too few cases to choose on one part and score on the other."
 
 
@@ -1328,6 +1396,7 @@ def parse_arguments(argv):
     add("--min-precision", type=number(0, 1), help="limit on the precision")
     add("--min-recall", type=number(0, 1), help="limit on the recall")
     add("--max-alert-rate", type=number(0, 1), help="limit on the share of alerts")
+    add("--confidence", type=share, help="with which the limits are to be kept")
     add("--prevalence", type=share, help="share of positives where it will be used")
     add("--exact", action="store_true", help="also search all distinct scores")
     add("--threshold", type=number(-1e300, 1e300), help="judge this one instead of choosing")
@@ -1358,11 +1427,17 @@ def check_arguments(a, default):
     needs |= dict.fromkeys(OF_SIMULATIONS.split(), ("simulated scores", not a.scores))
     needs |= dict.fromkeys(["fp_cost", "fn_cost"], ("--metric cost", a.metric == "cost"))
     needs["beta"] = "--metric f_beta", a.metric == "f_beta"
+    limited = any(getattr(a, name) is not None for name in LIMITS)
+    needs["confidence"] = "a limit", limited
     needs["threshold"] = "a choice on the same cases", not a.test
     for name, (what, there) in needs.items():
         if getattr(a, name) != default(name) and not there:
             option = f"--{name.replace('_', '-')}"
             raise UserError(f"{option} has no effect without {what}: add that or leave it out")
+    for name in "prevalence", "group_column", "threshold":
+        if a.confidence and getattr(a, name) is not None:
+            option = f"--{name.replace('_', '-')}"
+            raise UserError(f"--confidence cannot promise anything with {option}: leave one out")
     if a.fp_cost + a.fn_cost == 0:
         raise UserError("--fp-cost and --fn-cost are both 0: give one of them a value")
 

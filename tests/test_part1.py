@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
+from scipy.stats import beta, binomtest
 from sklearn import metrics as sk
 
 import part1_threshold as part1
@@ -1198,3 +1199,77 @@ def test_a_wait_is_announced(tmp_path, capsys):
     path = write_npz(tmp_path / "s.npz", rng.random(2_400_000) < 0.3, rng.random(2_400_000))
     run(tmp_path / "out", "--scores", path)
     assert capsys.readouterr().out.startswith("Reading ")
+
+
+def population(name):
+    """True tpr and fpr at the grid, and a sampler of labels and scores."""
+    good, bad = {"plain": ((6, 3), (3, 8)), "weak": ((4, 3), (3, 5))}[name]
+
+    def draw(seed, n):
+        rng = np.random.default_rng(seed)
+        labels = rng.random(n) < 0.3
+        return labels, np.where(labels, rng.beta(*good, n), rng.beta(*bad, n))
+
+    return beta(*good).sf, beta(*bad).sf, draw
+
+
+@pytest.mark.parametrize("limits", [
+    {"min_precision": 0.8}, {"min_recall": 0.8}, {"max_alert_rate": 0.3},
+    {"min_precision": 0.6, "min_recall": 0.6, "max_alert_rate": 0.4},
+])  # fmt: skip
+@pytest.mark.parametrize("name, n", [("plain", 300), ("weak", 1000)])
+def test_a_promise_is_rarely_broken(name, n, limits):
+    """In at most 10 % of all runs the population breaks a limit at the chosen threshold."""
+    tpr, fpr, draw = population(name)
+    objective, broken, runs = Objective(**limits, confidence=0.9), 0, 120
+    for seed in range(runs):
+        try:
+            table = table_of(*draw(seed, n), objective)
+            chosen = find_best(table, objective, part1.promised(table, objective))
+        except UserError:
+            continue
+        at = table.threshold[[chosen]]
+        truth = Counts(at, 0.3 * tpr(at), 0.7 * fpr(at), 0.3, 0.7)
+        broken += part1.shortfall(truth, objective).item() > 0
+    assert broken <= 18  # binomial: more than 18 of 120 at 10 % has a chance of 3 %
+
+
+def test_a_promise_that_is_easy_is_made():
+    """Some threshold's precision exceeds the limit by 0.1: an answer in 80 % at n = 1,000."""
+    objective, draw = Objective(min_precision=0.8, confidence=0.9), population("plain")[2]
+    tables = [table_of(*draw(seed, 1000), objective) for seed in range(20)]
+    assert sum(part1.promised(table, objective).any() for table in tables) >= 16
+
+
+def test_exact_bounds_in_a_fixed_sequence():
+    """From 11 alerts, of which all are right (0.8**11 < 0.1), until the first that fails."""
+    right, of = np.array([9, 10, 11, 12, 12, 30]), np.array([9, 10, 11, 12, 16, 30])
+    found = part1.proved(right, of, 0.8, 0.1, 1)
+    assert found.tolist() == [False, False, True, True, False, False]
+    for k, n, share in (11, 11, 0.8), (45, 50, 0.85), (40, 50, 0.7):
+        chance = binomtest(k, n, share, alternative="greater").pvalue
+        for error, passes in (chance * 1.001, True), (chance * 0.999, False):
+            found = part1.proved(np.array([k]), np.array([n]), share, error, 1)
+            assert found.item() == (passes and share**n <= error)
+
+
+def test_a_promise_is_a_choice_or_a_number_of_cases(tmp_path, capsys):
+    options = ["--n-samples", 1000, "--min-precision", 0.9, "--confidence", 0.9]
+    summary, _ = run(tmp_path / "a", *options)
+    plain, _ = run(tmp_path / "b", *options[:-2])
+    assert summary["best"]["threshold"] > plain["best"]["threshold"] and not summary["holdout"]
+    assert summary["limits"]["min_precision"]["probability"] > 0.85
+    assert summary["confidence"] == 0.9 and "proved" in printed(capsys)
+    options[1] = 60
+    error = assert_refused(tmp_path, capsys, *options)
+    needed = int(re.search(r"roughly ([\d,]+) cases", error)[1].replace(",", ""))
+    assert 60 < needed < 1000
+
+
+@pytest.mark.parametrize(
+    "arguments", ["--prevalence 0.1", "--threshold 0.4", "--group-column g --scores x.csv"]
+)
+def test_what_cannot_be_promised_is_refused(tmp_path, capsys, arguments):
+    options = ["--min-precision", 0.9, "--confidence", 0.9, *arguments.split()]
+    assert arguments.split()[0] in assert_refused(tmp_path, capsys, *options)
+    assert "limit" in assert_refused(tmp_path, capsys, "--confidence", 0.9)
