@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
-from scipy.stats import beta, binomtest
+from scipy import stats
 from sklearn import metrics as sk
 
 import part1_threshold as part1
@@ -1210,7 +1210,7 @@ def population(name):
         labels = rng.random(n) < 0.3
         return labels, np.where(labels, rng.beta(*good, n), rng.beta(*bad, n))
 
-    return beta(*good).sf, beta(*bad).sf, draw
+    return stats.beta(*good).sf, stats.beta(*bad).sf, draw
 
 
 @pytest.mark.parametrize("limits", [
@@ -1247,7 +1247,7 @@ def test_exact_bounds_in_a_fixed_sequence():
     found = part1.proved(right, of, 0.8, 0.1, 1)
     assert found.tolist() == [False, False, True, True, False, False]
     for k, n, share in (11, 11, 0.8), (45, 50, 0.85), (40, 50, 0.7):
-        chance = binomtest(k, n, share, alternative="greater").pvalue
+        chance = stats.binomtest(k, n, share, alternative="greater").pvalue
         for error, passes in (chance * 1.001, True), (chance * 0.999, False):
             found = part1.proved(np.array([k]), np.array([n]), share, error, 1)
             assert found.item() == (passes and share**n <= error)
