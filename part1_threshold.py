@@ -105,7 +105,18 @@ class Text(string.Formatter):
 TEXT = Text()
 
 
-def analyse(cases, objective, *, exact=False, given=None, test=None, share=0.5, seed=0, **origin):
+def analyse(
+    cases,
+    objective,
+    *,
+    exact=False,
+    given=None,
+    test=None,
+    share=0.5,
+    seed=0,
+    source="",
+    scenario=None,
+):
     """Every number of a run; nothing is printed, drawn or written.
 
     Parameters
@@ -121,8 +132,8 @@ def analyse(cases, objective, *, exact=False, given=None, test=None, share=0.5, 
         Other cases, on which the threshold is judged.
     share : float in (0, 1)
         Share of the cases on which the choice of the others is scored.
-    **origin
-        ``source`` and ``scenario`` of the summary.
+    source, scenario : str
+        Where the scores come from; the scenario if they were simulated.
 
     Returns
     -------
@@ -133,36 +144,16 @@ def analyse(cases, objective, *, exact=False, given=None, test=None, share=0.5, 
     UserError
         If no score keeps the limits, or the metric has no value.
     """
-    every, dtype = count_every_score(cases, objective), cases.scores.dtype
-    optimum = find_best(every, objective)
-    kind, table = lay_table(every, optimum, dtype, objective)
-    if given is not None:
-        place = objective.orient * given
-        row_of_it = replace(every.at([dtype.type(place)]), threshold=np.array([place]))
-        table = table.joined(row_of_it)
-    allowed = promised(table, objective)
-    chosen = find_best(table, objective, allowed)
-    chosen = chosen if given is None else table.threshold.searchsorted(place)
-    fixed = given is not None or test is not None
-    if test is not None:  # the thresholds stay; every number is that of the other cases
-        cases, every, dtype = test, count_every_score(test, objective), test.scores.dtype
-        optimum = find_best(every, objective)
-        table = replace(every.at(table.threshold.astype(dtype)), threshold=table.threshold)
-    choice = Choice(table, objective, chosen, seed, fixed, allowed, split_groups(cases, table))
-    columns = tabulate(table, objective)
-    drawn = certainty(choice)
+    choice, cases, every, kind = choose(cases, objective, given, test, seed)
+    table, best_row = choice.table, choice.table[[choice.chosen]]
+    columns, drawn = tabulate(table, objective), certainty(choice)
     found = describe_choice(choice, columns, drawn)
-    calibrated, shape = None, None
-    if every.probabilities:
-        calibrated, shape = calibration(every, seed), reliability(every, seed)
-        calibrated |= check_theory(choice, found["best"])
-    if choice.clusters is not None and calibrated:  # chance is that of independent cases
-        calibrated |= {"ece_by_chance": None, "miscalibrated": None}
-    error = dominant_error(table[[chosen]], objective)
-    best_of_all = shortened(every, np.array([optimum]), dtype) if exact else None
+    held_out = not (choice.fixed or objective.confidence)
+    error = dominant_error(best_row, objective)
     summary = {
-        **{"source": "", "scenario": None} | origin,
-        "chosen_by": "given" if given is not None else "other cases" if fixed else "these cases",
+        "source": source,
+        "scenario": scenario,
+        "chosen_by": "given" if given is not None else "other cases" if test else "these cases",
         "seed": seed,
         "n": every.n,
         "n_positive": every.pos,
@@ -176,15 +167,18 @@ def analyse(cases, objective, *, exact=False, given=None, test=None, share=0.5, 
         **found,
         "limits": drawn["limits"],
         "replicates": REPLICATES,
-        "holdout": None if fixed or objective.confidence else check_holdout(choice, share),
-        "exact": describe_exact(best_of_all, found["best"], objective) if exact else None,
-        "calibration": calibrated,
+        "holdout": check_holdout(choice, share) if held_out else None,
+        "exact": describe_exact(every, cases, found["best"], objective) if exact else None,
+        "calibration": calibration(every, choice) | check_theory(choice, found["best"])
+        if every.probabilities
+        else None,
         "balances": other_balances(table, objective),
         "dominant_error": error,
         "suggestion": suggest_limit(table, found["best"], objective, error),
     }
-    bars = every.at(score_edges(every, table.threshold[chosen]).astype(dtype))
+    bars = every.at(score_edges(every, best_row.threshold).astype(cases.scores.dtype))
     curve = every[np.unique(np.linspace(0, every.threshold.size - 1, 2000).astype(int))]
+    shape = reliability(every, seed) if every.probabilities else None
     return Result(cases, choice, curve, bars, columns, shape, drawn["bands"], summary)
 
 
@@ -570,6 +564,24 @@ class Choice:
     clusters: np.ndarray | None = None  # cells of each group, (G, 2, T + 1)
 
 
+def choose(cases, objective, given=None, test=None, seed=0):
+    """The choice, the cases that judge it, their counts at every score, and the kind of table."""
+    every, dtype = count_every_score(cases, objective), cases.scores.dtype
+    kind, table = lay_table(every, find_best(every, objective), dtype, objective)
+    if given is not None:
+        place = np.array([objective.orient * given])
+        table = table.joined(replace(every.at(place.astype(dtype)), threshold=place))
+    allowed = promised(table, objective)
+    chosen = find_best(table, objective, allowed)
+    chosen = chosen if given is None else table.threshold.searchsorted(place).item()
+    if test is not None:  # the thresholds stay; every number is that of the other cases
+        cases, every = test, count_every_score(test, objective)
+        own = table.threshold.astype(test.scores.dtype)
+        table = replace(every.at(own), threshold=table.threshold)
+    fixed, clusters = given is not None or test is not None, split_groups(cases, table)
+    return Choice(table, objective, chosen, seed, fixed, allowed, clusters), cases, every, kind
+
+
 def goodness(counts, objective):
     """The metric, turned so that higher is better; shape (..., T)."""
     return objective.sign * measure(objective.metric, counts, objective)
@@ -612,7 +624,7 @@ def find_best(counts, objective, allowed=True):
         return middle_best(values)
     if np.isnan(good).all():
         raise UserError(f"{objective.metric} has no value at these scores: give another --metric")
-    given = [f"--{name.replace('_', '-')} {limit:g}" for name, limit in objective.limits.items()]
+    given = [f"{option(name)} {limit:g}" for name, limit in objective.limits.items()]
     if objective.confidence and missing.min() == 0:
         raise UserError(
             f"these {counts.n:,} cases prove for no threshold that the population keeps "
@@ -729,62 +741,43 @@ def weigh(gain, loss, n, judged):
     }
 
 
-def describe_exact(optimum, best, objective):
+def describe_exact(every, cases, best, objective):
     """The best of all distinct scores, and what keeping to the table costs."""
+    optimum = shortened(every, np.array([find_best(every, objective)]), cases.scores.dtype)
     found = row(tabulate(optimum, objective), 0, objective.metric)
     loss = objective.sign * (found["value"] - best["value"])
     # Net benefit falls with the threshold itself, so one between two scores can win.
     return (best if loss < 0 else found) | {"grid_loss": max(0.0, loss)}
 
 
-VERDICTS = {
-    "pays": "worth having.",
-    "does_not_pay": "too small to leave 0.5 for.",
-    "cannot_tell": "whether that pays, these cases cannot tell; roughly {needed:,.0f} could.",
-}
-
-
 CHOSEN_BY = {
     "these cases": "Best threshold for {name}: {best[threshold]:t}",
-    "other cases": "The threshold {best[threshold]:t}, chosen on other cases, does this",
-    "given": "The given threshold {best[threshold]:t} does this",
+    "other cases": "Threshold {best[threshold]:t}, chosen on other cases",
+    "given": "Threshold {best[threshold]:t}, as given",
+}
+VALUE = " ({name} {best[value]:.4f}, 95 % interval {best[value_interval][0]:.4f} to "
+VALUE += "{best[value_interval][1]:.4f}). "
+GAIN = "The default 0.5 reaches {default[value]:.4f}. Corrected for the luck of the choice, the "
+GAIN += "gain is {gain[corrected]:+z.4f} (95 % interval {gain[corrected_interval][0]:+z.4f} to "
+GAIN += "{gain[corrected_interval][1]:+z.4f}): "
+VERDICTS = {
+    "pays": GAIN + "worth having.",
+    "does_not_pay": GAIN + "too small to leave 0.5 for.",
+    "cannot_tell": GAIN + "these cases cannot tell whether it pays; roughly {needed:,.0f} could.",
+    "out": "The default 0.5 reaches {default[value]:.4f}, but is ruled out by the limits.",
+    "none": "These scores have no default threshold to compare with.",
+    "one_sided": "That is no advice: {name} alone is best where everybody or nobody is called. "
+    "Add a limit on another rate.",
 }
 
 
 def headline(result):
     """The result in a few words: value, default, difference, uncertainty."""
-    summary, gain = result.summary, result.summary["gain"]
-    text = CHOSEN_BY[summary["chosen_by"]] + (
-        " ({name} {best[value]:.4f}, 95 % interval {best[value_interval][0]:.4f} to "
-        "{best[value_interval][1]:.4f}). "
-    )
-    needed = 0
-    if result.objective.one_sided:
-        more = summary["best"]["recall"] > 0.5
-        text += "That is no advice: {name} alone only asks for " + (
-            "more alerts. Add --min-precision." if more else "fewer alerts. Add --min-recall."
-        )
-    elif gain is None:
-        text += "These scores have no default threshold to compare with."
-    elif gain["verdict"] is None:
-        text += "The default 0.5 reaches {default[value]:.4f}, but "
-        text += (
-            "is not proved to keep the limits."
-            if result.objective.confidence
-            else "breaks a limit."
-        )
-    elif summary["best"]["threshold"] == 0.5:
-        text += "That is the default."
-    else:
-        text += "The default 0.5 reaches {default[value]:.4f}. " + (
-            "The gain is "
-            if result.choice.fixed
-            else "Corrected for the optimism of choosing and scoring on the same cases, the gain "
-            "is "
-        )
-        text += "{gain[corrected]:+z.4f} (95 % interval {gain[corrected_interval][0]:+z.4f} to "
-        text += "{gain[corrected_interval][1]:+z.4f}): " + VERDICTS[gain["verdict"]]
-        needed = float(f"{gain['cases_needed'] or 0:.1e}")  # two digits of it
+    gain = result.summary["gain"]
+    verdict = "none" if gain is None else gain["verdict"] or "out"
+    verdict = "one_sided" if result.objective.one_sided else verdict
+    needed = float(f"{gain['cases_needed']:.1e}") if verdict == "cannot_tell" else 0  # two digits
+    text = CHOSEN_BY[result.summary["chosen_by"]] + VALUE + VERDICTS[verdict]
     return result.fill(text, needed=needed)
 
 
@@ -812,11 +805,7 @@ def tell_choice(result):
         **result.counts(summary["best"]),
     )
     if summary["table"] == "extended" and not result.objective.confidence:
-        yield result.fill(
-            "The best thresholds lie where the table had none, so it was extended to {size} "
-            "thresholds by the scores of positives.",
-            size=result.table.threshold.size,
-        )
+        yield "The best ones lie outside the usual table, so scores of positives were added to it."
     if summary["exact"]:
         yield result.fill(
             "Of all distinct scores {exact[threshold]:t} is best with {exact[value]:.6f}; the "
@@ -989,14 +978,14 @@ def check_holdout(choice, share):
 def tell_certainty(result):
     """How far the threshold, its value and its rates may be off."""
     best, held, gain = (result.summary[key] for key in ("best", "holdout", "gain"))
-    near = result.summary["near_optimal"]
+    near, objective = result.summary["near_optimal"], result.objective
     if not result.choice.fixed:
         yield result.fill(
             "In {replicates:,} tables that the population may have, given these cases, the best "
             "threshold lies between {best[threshold_interval][0]:t} and "
             "{best[threshold_interval][1]:t} (95 %). From {near_optimal[low]:t} to "
             "{near_optimal[high]:t} the value is within {small_loss:.3g} of the best. Corrected "
-            "for optimism it is {best[value_corrected]:.4f}."
+            "for the luck of the choice it is {best[value_corrected]:.4f}."
         )
     # Where many thresholds are as good, more cases would not narrow the interval.
     if np.ptp(best["threshold_interval"]) > max(0.1, 2 * (near["high"] - near["low"])):
@@ -1005,18 +994,12 @@ def tell_certainty(result):
     for rate in RATES:
         low, high = best[f"{rate}_interval"]
         yield f"  {METRICS[rate].name:<17}{best[rate]:>8.3f}  {low:.3f} to {high:.3f}"
-    for name, found in result.summary["limits"].items():
-        sense = "at most" if name.startswith("max") else "at least"
-        yield (
-            f"The {METRICS[LIMITS[name]].name} of the population at this threshold is {sense} "
-            f"{found['limit']:g} with a probability of {found['probability']:.0%}."
-        )
-    if result.objective.confidence:
-        yield result.fill(
-            "Such a choice is proved to keep the limits in the population, but for at most "
-            "{wrong:.3g} % of all samples.",
-            wrong=100 * (1 - result.objective.confidence),
-        )
+    for name, limit in result.summary["limits"].items():
+        kept = f"The population keeps {option(name)} {limit['limit']:g} there"
+        yield f"{kept} with a probability of {limit['probability']:.0%}."
+    if objective.confidence:
+        wrong = 100 * (1 - objective.confidence)
+        yield f"Choices like this one break a limit in at most {wrong:.3g} % of all samples."
     if held:
         yield result.fill(
             "Chosen on one part of the cases ({holdout[threshold]:t}, value "
@@ -1024,8 +1007,6 @@ def tell_certainty(result):
             "{holdout[value]:.4f}{over}.",
             over=f", {held['gain']:+z.4f} over 0.5" if gain and gain["verdict"] else "",
         )
-    elif not (result.choice.fixed or result.objective.confidence):
-        yield "There are too few cases to choose on one part and score on the other."
 
 
 # %% 5. Are the scores probabilities?
@@ -1060,7 +1041,7 @@ def by_chance(groups, number, seed):
     return rng.binomial(trials.astype(np.int64), ratio(mean, trials), (number, mean.size))
 
 
-def calibration(every, seed):
+def calibration(every, choice):
     """Expected calibration error, and what chance alone makes of that of calibrated scores.
 
     The mean distance of the share of positives from the mean score (Naeini et al. 2015), over
@@ -1071,10 +1052,12 @@ def calibration(every, seed):
     def error(positives):
         return abs(positives - groups[2]).sum(-1) / every.n
 
-    chance, ece = by_chance(groups, REPLICATES, seed), error(groups[1])
+    chance, ece = by_chance(groups, REPLICATES, choice.seed), error(groups[1])
     interval = np.quantile(error(chance), LEVELS)
-    found = {"ece": ece, "ece_by_chance": interval, "miscalibrated": bool(ece > interval[1])}
-    return found | {"groups": groups.shape[1]}
+    found = {"ece": ece, "groups": groups.shape[1]}
+    if choice.clusters is not None:  # chance is that of independent cases
+        return found | {"ece_by_chance": None, "miscalibrated": None}
+    return found | {"ece_by_chance": interval, "miscalibrated": bool(ece > interval[1])}
 
 
 def reliability(every, seed):
@@ -1116,37 +1099,33 @@ def check_theory(choice, best):
     }
 
 
+OFF = "Over {calibration[groups]} groups of like size they are off by {calibration[ece]:.3f} on "
+OFF += "average; calibrated scores would be by {calibration[ece_by_chance][0]:.3f} to "
+OFF += "{calibration[ece_by_chance][1]:.3f}, by chance. "
 MISCALIBRATED = {
-    True: "So they are not calibrated; calibrate them on held-out cases (Platt scaling, isotonic "
+    None: "They are off by {calibration[ece]:.3f} on average over {calibration[groups]} groups of "
+    "like size; what chance does to dependent cases is not known.",
+    True: OFF + "So these are not: calibrate them on held-out cases (Platt scaling, isotonic "
     "regression).",
-    False: "That is no sign of miscalibration.",
+    False: OFF + "That is no sign of miscalibration.",
 }
 
 
 def tell_calibration(result):
     """The calibration error beside chance, and what the theory of true probabilities says."""
-    found, objective = result.summary["calibration"], result.objective
-    if found is None:
+    if (found := result.summary["calibration"]) is None:
         yield "No: they lie outside [0, 1], or low ones mean positive."
         return
-    off = "On average over {calibration[groups]} groups of like size, they are off by "
-    off += "{calibration[ece]:.3f}"
-    if found["miscalibrated"] is None:
-        yield result.fill(off + "; what chance does to dependent cases is not known.")
-    else:
-        off += "; perfectly calibrated scores would be off by {calibration[ece_by_chance][0]:.3f} "
-        off += "to {calibration[ece_by_chance][1]:.3f} by chance. "
-        yield result.fill(off + MISCALIBRATED[found["miscalibrated"]])
+    yield result.fill(MISCALIBRATED[found["miscalibrated"]])
     if found["expected_threshold"] is not None:
-        lost = found["expected_loss_interval"][0] > 0
         yield result.fill(
             "The best threshold of true probabilities would be {rule} = "
             "{calibration[expected_threshold]:.3f}; here that loses "
             "{calibration[expected_loss]:z.4f} (95 % interval "
             "{calibration[expected_loss_interval][0]:z.4f} to "
             "{calibration[expected_loss_interval][1]:z.4f}), {so}.",
-            rule="half the best F1" if objective.metric == "f1" else "c_FP / (c_FP + c_FN)",
-            so="more than chance would" if lost else "which can be chance",
+            rule="half the best F1" if result.objective.metric == "f1" else "c_FP/(c_FP + c_FN)",
+            so="more than chance" if found["expected_loss_interval"][0] > 0 else "maybe by chance",
         )
 
 
@@ -1199,7 +1178,7 @@ def suggest_limit(table, best, objective, error):
         return None
     limit = round((1 + best[LIMITS[name]]) / 2, 2)
     possible = shortfall(table, replace(objective, **{name: limit})).min() == 0
-    return {"option": f"--{name.replace('_', '-')}", "limit": limit} if possible else None
+    return {"option": option(name), "limit": limit} if possible else None
 
 
 def tell_suggestions(result):
@@ -1249,16 +1228,17 @@ def plot_outcomes(plt, result):
     x, shares = orient * bars.threshold, bars.cells()[:, 1:-1] / [[bars.neg], [bars.pos]]
     cut = np.searchsorted(bars.threshold, orient * best["threshold"])
     figure, axes = plt.subplots()
-    outcomes = {
-        "hits": ("tp", 1, slice(cut, None), BLUE),
-        "misses": ("fn", 1, slice(0, cut), ORANGE),
-        "false alarms": ("fp", -1, slice(cut, None), RED),
-        "correct rejections": ("tn", -1, slice(0, cut), SKY),
-    }
-    for name, (key, side, part, color) in outcomes.items():
-        heights = side * shares[int(side > 0)][part] / np.diff(bars.threshold)[part]
-        label = f"{name}: {result.counts(best)[key]:,.0f}"
-        axes.bar(x[:-1][part], heights, np.diff(x)[part], align="edge", color=color, label=label)
+    counts, left, right = result.counts(best), slice(0, cut + 1), slice(cut, None)
+    for name, key, side, part, color in (
+        ("hits", "tp", 1, right, BLUE),
+        ("misses", "fn", 1, left, ORANGE),
+        ("false alarms", "fp", 0, right, RED),
+        ("correct rejections", "tn", 0, left, SKY),
+    ):
+        edges = x[part]
+        heights = (2 * side - 1) * shares[side][part][: edges.size - 1] / abs(np.diff(edges))
+        label = f"{name}: {counts[key]:,.0f}"
+        axes.stairs(heights, edges, fill=True, color=color, label=label)
     axes.axvline(best["threshold"], color=BLACK, lw=1.5, label=result.fill(CHOSEN))
     axes.axhline(0, color=BLACK, lw=0.8)
     axes.set_yticks([])
@@ -1347,14 +1327,11 @@ def plot_reliability(plt, result):
     axes.plot(shape["score"], shape["share"], color=BLUE, label="these scores (isotonic curve)")
     title = "As probabilities, the scores are off by {calibration[ece]:.3f} on average"
     axes.set(ylabel="share of positives", title=result.fill(title))
-    bars = result.bars
-    below.bar(
-        bars.threshold[:-1],
-        bars.cells().sum(0)[1:-1],
-        np.diff(bars.threshold),
-        align="edge",
-        color=SKY,
+    cases = result.bars.cells().sum(0)[1:-1]
+    below.stairs(
+        cases / np.diff(result.bars.threshold), result.bars.threshold, fill=True, color=SKY
     )
+    below.set_yticks([])
     below.set(xlabel="score", ylabel="cases", xlim=(0, 1))
     return figure
 
@@ -1413,8 +1390,12 @@ def parse_arguments(argv):
 
 def metric_name(text):
     """The key of a metric, of which the console shows the name."""
-    names = {metric.name.lower(): key for key, metric in METRICS.items()}
-    return names.get(text.lower(), text.lower())
+    return {m.name.lower(): key for key, m in METRICS.items()}.get(text.lower(), text.lower())
+
+
+def option(name):
+    """The option that an argument was given by."""
+    return f"--{name.replace('_', '-')}"
 
 
 OF_FILES = "label_column score_column positive lower_is_positive count_column group_column test"
@@ -1427,17 +1408,15 @@ def check_arguments(a, default):
     needs |= dict.fromkeys(OF_SIMULATIONS.split(), ("simulated scores", not a.scores))
     needs |= dict.fromkeys(["fp_cost", "fn_cost"], ("--metric cost", a.metric == "cost"))
     needs["beta"] = "--metric f_beta", a.metric == "f_beta"
-    limited = any(getattr(a, name) is not None for name in LIMITS)
-    needs["confidence"] = "a limit", limited
+    needs["confidence"] = "a limit", any(getattr(a, name) is not None for name in LIMITS)
     needs["threshold"] = "a choice on the same cases", not a.test
-    for name, (what, there) in needs.items():
-        if getattr(a, name) != default(name) and not there:
-            option = f"--{name.replace('_', '-')}"
-            raise UserError(f"{option} has no effect without {what}: add that or leave it out")
-    for name in "prevalence", "group_column", "threshold":
-        if a.confidence and getattr(a, name) is not None:
-            option = f"--{name.replace('_', '-')}"
-            raise UserError(f"--confidence cannot promise anything with {option}: leave one out")
+    given = [name for name in vars(a) if getattr(a, name) != default(name)]
+    for name in given:
+        what, there = needs.get(name, ("", True))
+        if not there:
+            raise UserError(f"{option(name)} has no effect without {what}: leave it out")
+        if a.confidence and name in ("prevalence", "group_column", "threshold"):
+            raise UserError(f"--confidence promises nothing with {option(name)}: leave one out")
     if a.fp_cost + a.fn_cost == 0:
         raise UserError("--fp-cost and --fn-cost are both 0: give one of them a value")
 

@@ -68,6 +68,11 @@ def all_metrics(labels, scores, objective=Objective()):  # noqa: B008 (frozen)
     return {metric: measure(metric, table, objective) for metric in METRICS}
 
 
+def calibrate(labels, scores, seed=0):
+    every = count(labels, scores)
+    return calibration(every, Choice(every, Objective(), 0, seed))
+
+
 def summary_of(labels, scores, *arguments, **more):
     return analyse(Cases(labels, scores), *arguments, **more).summary
 
@@ -202,7 +207,7 @@ def test_areas_and_calibration_error_equal_sklearn_and_a_loop(decimals):
     groups = np.split(order, 10) if decimals is None else [scores == s for s in set(scores)]
     for group in groups:
         error += abs(labels[group].sum() - scores[group].sum()) / scores.size
-    found = calibration(count(labels, scores), 0)
+    found = calibrate(labels, scores)
     # Rare scores are joined, whose errors can then cancel out.
     assert found["ece"] == pytest.approx(error, abs=1e-12 if decimals is None else 0.02)
     summary = summary_of(labels, scores, Objective())
@@ -219,7 +224,7 @@ def test_errors_within_a_tenth_of_the_scores_are_seen(low, high, expected):
     sizes, positives = zip(low, high)
     scores = np.repeat([0.002, 0.018], sizes)
     labels = np.concatenate([np.arange(n) < k for n, k in zip(sizes, positives)])
-    found = calibration(count(labels, scores), 0)
+    found = calibrate(labels, scores)
     loop = sum(abs(k - n * s) for (n, k), s in zip((low, high), (0.002, 0.018))) / sum(sizes)
     assert found["ece"] == pytest.approx(loop)
     assert (round(found["ece"], 3), found["miscalibrated"]) == (expected, True)
@@ -243,14 +248,14 @@ def test_calibrated_scores_are_rarely_called_miscalibrated(monkeypatch, kind, n)
         rng = np.random.default_rng([seed, n])
         scores = CALIBRATED[kind](rng, n)
         labels = rng.random(n) < scores
-        said += calibration(count(labels, scores), seed)["miscalibrated"]
+        said += calibrate(labels, scores, seed)["miscalibrated"]
     assert said <= 9  # binomial: more than 9 of 100 at 5 % has a chance of 2.8 %, at 2.5 % none
 
 
 def test_miscalibrated_scores_are_called_so():
     for seed in range(20):
         labels, scores = simulate_scores(1000, 0.3, "underconfident", seed)
-        assert calibration(count(labels, scores), seed)["miscalibrated"]
+        assert calibrate(labels, scores, seed)["miscalibrated"]
 
 
 def test_the_isotonic_curve_equals_sklearns():
@@ -1109,7 +1114,7 @@ def test_a_given_threshold_is_judged_and_not_flattered(tmp_path, capsys):
     assert best["f1"] == pytest.approx(sk.f1_score(labels, called)) == best["value_corrected"]
     assert best["value_interval"][0] < best["f1"] < best["value_interval"][1]
     assert summary["gain"]["corrected"] == summary["gain"]["value"] and not summary["holdout"]
-    assert summary["chosen_by"] == "given" and "optimism" not in printed(capsys)
+    assert summary["chosen_by"] == "given" and "In 2,000" not in printed(capsys)
     assert 0.4321 in table["threshold"]
 
 
@@ -1149,9 +1154,8 @@ def test_cases_of_a_group_are_resampled_together(monkeypatch):
         cases = dependent(seed)
         table = table_of(*cases[:2])[np.arange(HALF - 30, HALF + 41)]
         for name, clusters in ("alone", None), ("grouped", part1.split_groups(cases, table)):
-            choice = Choice(
-                table, Objective(), table.threshold.searchsorted(0.5), seed, True, clusters
-            )
+            half = table.threshold.searchsorted(0.5)
+            choice = Choice(table, Objective(), half, seed, fixed=True, clusters=clusters)
             low, high = certainty(choice)["intervals"]["f1"]
             covered[name] += low <= many <= high
     assert covered["grouped"] >= 87 > 75 > covered["alone"]  # 90 %, less 1 standard deviation
@@ -1259,7 +1263,7 @@ def test_a_promise_is_a_choice_or_a_number_of_cases(tmp_path, capsys):
     plain, _ = run(tmp_path / "b", *options[:-2])
     assert summary["best"]["threshold"] > plain["best"]["threshold"] and not summary["holdout"]
     assert summary["limits"]["min_precision"]["probability"] > 0.85
-    assert summary["confidence"] == 0.9 and "proved" in printed(capsys)
+    assert summary["confidence"] == 0.9 and "break a limit in at most 10 %" in printed(capsys)
     options[1] = 60
     error = assert_refused(tmp_path, capsys, *options)
     needed = int(re.search(r"roughly ([\d,]+) cases", error)[1].replace(",", ""))
