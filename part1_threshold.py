@@ -48,7 +48,7 @@ def main(argv=None):
     """Read or simulate scores, find the best threshold, tell the story, save and draw it."""
     a = parse_arguments(argv)
     if a.scores:
-        cases, source, scenario = read(a.scores, a), str(a.test or a.scores), None
+        cases, source, scenario = read(a.scores, a), named(a.test or a.scores), None
     else:
         simulated = simulate_scores(a.n_samples, a.positive_rate, a.scenario, a.seed)
         cases, source, scenario = utils.Cases(*simulated), SCENARIOS[a.scenario], a.scenario
@@ -228,10 +228,15 @@ def simulate_scores(n, positive_rate, scenario, seed):
     return labels, 1 / (1 + np.exp(-logits))
 
 
+def named(path):
+    """A file as the console calls it."""
+    return "standard input" if str(path) == "-" else str(path)
+
+
 def read(path, a):
     """The cases of a file, as the options name its columns."""
     if str(path) == "-" or (path.is_file() and path.stat().st_size > 20e6):
-        say(f"Reading {path}, which can take a while.")
+        say(f"Reading {named(path)}, which can take a while.")
     columns = a.label_column, a.score_column, a.positive, a.count_column, a.group_column
     cases = utils.read_scores(path, *columns, unit=not (a.exact or a.lower_is_positive))
     return cases._replace(scores=-cases.scores) if a.lower_is_positive else cases
@@ -547,7 +552,7 @@ def judge_ranking(every, groups=None):
 def score_edges(every, chosen):
     """Sixty-one evenly spaced scores from the lowest to the highest, and the chosen threshold."""
     low, high = every.threshold[[0, -1]]
-    return np.union1d(np.linspace(low, high, 61), np.clip(chosen, low, high))
+    return np.union1d(np.linspace(low, high, 61), chosen)
 
 
 # %% 2. The best threshold
@@ -794,8 +799,9 @@ def tell_choice(result):
         yield f"  {f'call {rule}: {METRICS[metric].name}':<28}" + line.format(**summary[rule])
     if metric == "cost":
         useless = min(summary[rule]["value"] for rule in ("everybody", "nobody"))
-        saved = 1 - ratio(summary["best"]["value"], useless)
-        yield f"The best threshold saves {saved:.0%} of the cheaper of those two."
+        value, n = summary["best"]["value"], summary["n"]
+        than = f"{abs(1 - ratio(value, useless)):.0%} {'more' if value > useless else 'less'} than"
+        yield f"{value * n:,.6g} in all, {than} the cheaper of those two."
     if metric == "net_benefit":
         yield "Net benefit compares models, not thresholds: each weighs the errors differently."
     yield result.fill(
@@ -957,8 +963,6 @@ def check_holdout(choice, share):
     """What a threshold chosen on one part of the cases does on the other; None if too few."""
     table, objective, default = choice.table, choice.objective, choice.table.half
     cells = table.cells() if choice.clusters is None else choice.clusters
-    if cells.sum(-1).min() < 2 and choice.clusters is None:
-        return None
     parts = hold_out(cells, share, choice.seed)
     if min(part.sum(-1).min() for part in parts) == 0:
         return None
@@ -1120,7 +1124,7 @@ def tell_calibration(result):
     if found["expected_threshold"] is not None:
         yield result.fill(
             "The best threshold of true probabilities would be {rule} = "
-            "{calibration[expected_threshold]:.3f}; here that loses "
+            "{calibration[expected_threshold]:.3f}; the nearest one of the table loses "
             "{calibration[expected_loss]:z.4f} (95 % interval "
             "{calibration[expected_loss_interval][0]:z.4f} to "
             "{calibration[expected_loss_interval][1]:z.4f}), {so}.",
@@ -1237,8 +1241,9 @@ def plot_outcomes(plt, result):
     ):
         edges = x[part]
         heights = (2 * side - 1) * shares[side][part][: edges.size - 1] / abs(np.diff(edges))
-        label = f"{name}: {counts[key]:,.0f}"
-        axes.stairs(heights, edges, fill=True, color=color, label=label)
+        if heights.size:  # nothing is where everybody or nobody is called positive
+            label = f"{name}: {counts[key]:,.0f}"
+            axes.stairs(heights, edges, fill=True, color=color, label=label)
     axes.axvline(best["threshold"], color=BLACK, lw=1.5, label=result.fill(CHOSEN))
     axes.axhline(0, color=BLACK, lw=0.8)
     axes.set_yticks([])

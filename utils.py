@@ -433,13 +433,13 @@ def _fetch(url, file, stall_seconds):
 # %% Score files
 
 OPENERS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
-FOREIGN = {  # how files of other kinds begin, and what they are
-    b"PAR1": "a Parquet file",
-    b"\x80": "a pickle, which could run any program",
-    b"\xd0\xcf\x11\xe0": "an Excel file",
-    b"PK\x03\x04": "an Excel file or another archive",
-    b"[": "a JSON file",
-    b"{": "a JSON file",
+FOREIGN = {  # how files of other kinds begin, what they are, and what exports them as CSV
+    b"PAR1": ("a Parquet file", "DuckDB: COPY 'file.parquet' TO 'scores.csv'"),
+    b"\x80": ("a pickle, which could run any program", "pandas' to_csv"),
+    b"\xd0\xcf\x11\xe0": ("an Excel file", "its menu: Save as CSV"),
+    b"PK\x03\x04": ("an Excel file or another archive", "its menu: Save as CSV"),
+    b"[": ("a JSON file", "pandas' to_csv"),
+    b"{": ("a JSON file", "pandas' to_csv"),
 }
 UTF_16 = (b"\xff\xfe", b"\xfe\xff")  # the marks it begins with
 MISSING = ("", "nan", "na", "null")  # as a label
@@ -538,9 +538,9 @@ def _read_table(path):
                 return _Table(name, _read_arrays(name, file))
             if head == b"\x93NUMPY":
                 return _Table(name, _read_array(name, file))
-            for start, what in FOREIGN.items():
+            for start, (what, way) in FOREIGN.items():
                 if head.startswith(start):
-                    raise UserError(f"{name} is {what}: export it as CSV with a header")
+                    raise UserError(f"{name} is {what}: export it as CSV, for example by {way}")
             return _read_csv(name, file, "utf-16" if head[:2] in UTF_16 else "utf-8-sig")
     except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
         reason = getattr(error, "strerror", None) or error

@@ -847,6 +847,9 @@ FIGURES = dict(part1.FIGURES)  # before `no_figures` takes them away
     [
         "--metric cost --fn-cost 5 --prevalence 0.05 --min-recall 0.9",
         "--metric net_benefit --n-samples 2 --exact",
+        "--metric accuracy --positive-rate 0.01 --n-samples 200",
+        "--metric alert_rate --n-samples 200",
+        "--threshold 5 --n-samples 200",
     ],
 )
 def test_figures_of_unusual_runs_can_be_drawn(tmp_path, monkeypatch, arguments):
