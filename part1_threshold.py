@@ -910,7 +910,7 @@ def certainty(choice):
     found = {"intervals": {}, "luck": {}, "bands": {}, "limits": {}}
     thresholds = np.quantile(table.threshold[picks], LEVELS, method="inverted_cdf")
     found["intervals"]["threshold"] = np.sort(objective.orient * thresholds)
-    for metric in {*CURVES, *COMPARED, *RATES, objective.metric}:
+    for metric in dict.fromkeys([objective.metric, *RATES, *CURVES, *COMPARED]):
         draws, seen = measure(metric, drawn, objective), measure(metric, table, objective)
         lucky = luck(draws, seen, picks, chosen)
         at, extremes = draws[:, chosen], (draws.min(), draws.max())
@@ -1104,12 +1104,12 @@ def check_theory(choice, best):
 
 
 OFF = "Over {calibration[groups]} groups of like size they are off by {calibration[ece]:.3f} on "
-OFF += "average; calibrated scores would be by {calibration[ece_by_chance][0]:.3f} to "
-OFF += "{calibration[ece_by_chance][1]:.3f}, by chance. "
+OFF += "average; so many calibrated ones would be off by {calibration[ece_by_chance][0]:.3f} to "
+OFF += "{calibration[ece_by_chance][1]:.3f} by chance. "
 MISCALIBRATED = {
     None: "They are off by {calibration[ece]:.3f} on average over {calibration[groups]} groups of "
     "like size; what chance does to dependent cases is not known.",
-    True: OFF + "So these are not: calibrate them on held-out cases (Platt scaling, isotonic "
+    True: OFF + "These are not calibrated: do so on held-out cases (Platt scaling, isotonic "
     "regression).",
     False: OFF + "That is no sign of miscalibration.",
 }

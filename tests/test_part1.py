@@ -795,6 +795,14 @@ def test_same_seed_same_bytes_other_seed_other_bytes(tmp_path, default_run):
         assert (tmp_path / "other" / name).read_bytes() != original
 
 
+def test_another_process_writes_the_same_bytes(tmp_path, default_run):
+    """Python orders sets of text anew in each process."""
+    subprocess.run([sys.executable, part1.__file__, "--output-dir", tmp_path], check=True)
+    assert (tmp_path / "summary.json").read_bytes() == (
+        default_run[0] / "summary.json"
+    ).read_bytes()
+
+
 def test_default_optimum_is_near_one_half_for_most_seeds():
     """Threshold in 0.48 to 0.52 and F1 in 0.85 to 0.90, for at least 90 of 100 seeds."""
     hits = 0
