@@ -176,7 +176,7 @@ def analyse(
         "dominant_error": error,
         "suggestion": suggest_limit(table, found["best"], objective, error),
     }
-    bars = every.at(score_edges(every, best_row.threshold).astype(cases.scores.dtype))
+    bars = every.at(score_edges(every, best_row.threshold, cases.scores.dtype))
     curve = every[np.unique(np.linspace(0, every.threshold.size - 1, 2000).astype(int))]
     shape = reliability(every, seed) if every.probabilities else None
     return Result(cases, choice, curve, bars, columns, shape, drawn["bands"], summary)
@@ -549,10 +549,10 @@ def judge_ranking(every, groups=None):
     return "right" if above > 0 else "reversed"
 
 
-def score_edges(every, chosen):
+def score_edges(every, chosen, dtype):
     """Sixty-one evenly spaced scores from the lowest to the highest, and the chosen threshold."""
     low, high = every.threshold[[0, -1]]
-    return np.union1d(np.linspace(low, high, 61), chosen)
+    return np.unique(np.append(np.linspace(low, high, 61), chosen).astype(dtype))
 
 
 # %% 2. The best threshold
@@ -1409,17 +1409,17 @@ OF_SIMULATIONS = "scenario n_samples positive_rate"
 
 def check_arguments(a, default):
     """Refuse options that contradict each other or have no effect."""
-    needs = dict.fromkeys(OF_FILES.split(), ("--scores", a.scores))
-    needs |= dict.fromkeys(OF_SIMULATIONS.split(), ("simulated scores", not a.scores))
-    needs |= dict.fromkeys(["fp_cost", "fn_cost"], ("--metric cost", a.metric == "cost"))
-    needs["beta"] = "--metric f_beta", a.metric == "f_beta"
-    needs["confidence"] = "a limit", any(getattr(a, name) is not None for name in LIMITS)
-    needs["threshold"] = "a choice on the same cases", not a.test
-    given = [name for name in vars(a) if getattr(a, name) != default(name)]
-    for name in given:
-        what, there = needs.get(name, ("", True))
-        if not there:
-            raise UserError(f"{option(name)} has no effect without {what}: leave it out")
+    needs = dict.fromkeys(OF_FILES.split(), (a.scores, "without --scores"))
+    needs |= dict.fromkeys(OF_SIMULATIONS.split(), (not a.scores, "beside --scores"))
+    needs |= dict.fromkeys(["fp_cost", "fn_cost"], (a.metric == "cost", "without --metric cost"))
+    needs["beta"] = a.metric == "f_beta", "without --metric f_beta"
+    limited = any(getattr(a, name) is not None for name in LIMITS)
+    needs["confidence"] = limited, "without a limit, such as --min-precision"
+    needs["threshold"] = not a.test, "beside --test"
+    for name in (name for name in vars(a) if getattr(a, name) != default(name)):
+        useful, where = needs.get(name, (True, ""))
+        if not useful:
+            raise UserError(f"{option(name)} has no effect {where}: leave it out")
         if a.confidence and name in ("prevalence", "group_column", "threshold"):
             raise UserError(f"--confidence promises nothing with {option(name)}: leave one out")
     if a.fp_cost + a.fn_cost == 0:
