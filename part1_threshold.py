@@ -50,6 +50,8 @@ def main(argv=None):
     if a.scores:
         cases, source, scenario = read(a.scores, a), named(a.test or a.scores), None
     else:
+        if a.n_samples > 500_000:
+            say(f"Simulating and writing {a.n_samples:,} cases, which can take a while.")
         simulated = simulate_scores(a.n_samples, a.positive_rate, a.scenario, a.seed)
         cases, source, scenario = utils.Cases(*simulated), SCENARIOS[a.scenario], a.scenario
     how = {"exact": a.exact, "given": a.threshold, "share": a.holdout, "seed": a.seed}
@@ -129,11 +131,9 @@ def analyse(
     given : float, optional
         A threshold to judge instead of choosing one.
     test : utils.Cases, optional
-        Other cases, on which the threshold is judged.
+        Other cases, on which the choice is judged.
     share : float in (0, 1)
         Share of the cases on which the choice of the others is scored.
-    source, scenario : str
-        Where the scores come from; the scenario if they were simulated.
 
     Returns
     -------
@@ -235,7 +235,7 @@ def named(path):
 
 def read(path, a):
     """The cases of a file, as the options name its columns."""
-    if str(path) == "-" or (path.is_file() and path.stat().st_size > 20e6):
+    if str(path) == "-" or (path.is_file() and path.stat().st_size > 10e6):
         say(f"Reading {named(path)}, which can take a while.")
     columns = a.label_column, a.score_column, a.positive, a.count_column, a.group_column
     cases = utils.read_scores(path, *columns, unit=not (a.exact or a.lower_is_positive))
@@ -253,10 +253,10 @@ RANKINGS = {  # what the area under the ROC curve says before anything else
 
 def tell_scores(result):
     """Which cases the run is about, and whether their scores rank them."""
-    summary, lower = result.summary, result.objective.lower_is_positive
+    summary, objective = result.summary, result.objective
+    words = {"seem": "high", "how": "without"} if objective.lower_is_positive else {}
     if text := RANKINGS[summary["ranking"]]:
-        words = {"seem": "high", "how": "without"} if lower else {"seem": "low", "how": "with"}
-        yield result.fill(text, **words)
+        yield result.fill(text, **{"seem": "low", "how": "with"} | words)
     yield ("Simulated: " if summary["scenario"] else "Read from ") + result.fill(
         "{source}; {n:,} cases, {n_positive:,} of them positive; seed {seed}."
     )
@@ -266,9 +266,9 @@ def tell_scores(result):
         yield f"They come in {groups:,} groups, which are resampled as wholes."
     if result.cases.remark:
         yield result.cases.remark
-    if lower:
+    if objective.lower_is_positive:
         yield "A case is called positive when score <= threshold, since low scores mean positive."
-    if share := result.objective.prevalence:
+    if share := objective.prevalence:
         yield (
             f"All that follows is for cases of which {100 * share:.4g} % are positive; counts are "
             f"of {summary['n']:,} such cases (as observed in summary.json)."
@@ -636,13 +636,11 @@ def find_best(counts, objective, allowed=True):
             f"{' and '.join(given)} with a confidence of {objective.confidence:g}: "
             f"{cases_needed(counts, objective)}, relax a limit or lower --confidence"
         )
-    closest = counts[[missing.argmin()]]
-    rates = [
-        f"{METRICS[m].name} {measure(m, closest, objective).item():.4f}" for m in LIMITS.values()
-    ]
+    closest = row(tabulate(counts[[missing.argmin()]], objective), 0, objective.metric)
+    rates = [f"{METRICS[rate].name} {closest[rate]:.4f}" for rate in LIMITS.values()]
     raise UserError(
         f"no threshold satisfies {' and '.join(given)}; the closest is "
-        f"{objective.orient * closest.threshold.item():.6g} with {', '.join(rates)}: relax a limit"
+        f"{closest['threshold']:.6g} with {', '.join(rates)}: relax a limit"
     )
 
 
