@@ -269,10 +269,7 @@ def tell_scores(result):
     if objective.lower_is_positive:
         yield "A case is called positive when score <= threshold, since low scores mean positive."
     if share := objective.prevalence:
-        yield (
-            f"All that follows is for cases of which {100 * share:.4g} % are positive; counts are "
-            f"of {summary['n']:,} such cases (as observed in summary.json)."
-        )
+        yield f"From here on, all numbers are for cases of which {100 * share:.4g} % are positive."
 
 
 # %% Counting
@@ -799,7 +796,7 @@ def tell_choice(result):
         useless = min(summary[rule]["value"] for rule in ("everybody", "nobody"))
         value, n = summary["best"]["value"], summary["n"]
         than = f"{abs(1 - ratio(value, useless)):.0%} {'more' if value > useless else 'less'} than"
-        yield f"{value * n:,.6g} in all, {than} the cheaper of those two."
+        yield f"The best threshold costs {value * n:,.6g} in all, {than} the cheaper of those two."
     if metric == "net_benefit":
         yield "Net benefit compares models, not thresholds: each weighs the errors differently."
     yield result.fill(
@@ -983,11 +980,10 @@ def tell_certainty(result):
     near, objective = result.summary["near_optimal"], result.objective
     if not result.choice.fixed:
         yield result.fill(
-            "In {replicates:,} tables that the population may have, given these cases, the best "
-            "threshold lies between {best[threshold_interval][0]:t} and "
-            "{best[threshold_interval][1]:t} (95 %). From {near_optimal[low]:t} to "
-            "{near_optimal[high]:t} the value is within {small_loss:.3g} of the best. Corrected "
-            "for the luck of the choice it is {best[value_corrected]:.4f}."
+            "In {replicates:,} tables drawn given these cases, the best threshold is between "
+            "{best[threshold_interval][0]:t} and {best[threshold_interval][1]:t} (95 %). From "
+            "{near_optimal[low]:t} to {near_optimal[high]:t} the value is within {small_loss:.3g} "
+            "of the best. Corrected for the luck of the choice it is {best[value_corrected]:.4f}."
         )
     # Where many thresholds are as good, more cases would not narrow the interval.
     if np.ptp(best["threshold_interval"]) > max(0.1, 2 * (near["high"] - near["low"])):
@@ -1102,14 +1098,13 @@ def check_theory(choice, best):
 
 
 OFF = "Over {calibration[groups]} groups of like size they are off by {calibration[ece]:.3f} on "
-OFF += "average; so many calibrated ones would be off by {calibration[ece_by_chance][0]:.3f} to "
-OFF += "{calibration[ece_by_chance][1]:.3f} by chance. "
+OFF += "average; "
+CHANCE = "so many calibrated ones would be off by {calibration[ece_by_chance][0]:.3f} to "
+CHANCE += "{calibration[ece_by_chance][1]:.3f} by chance. "
 MISCALIBRATED = {
-    None: "They are off by {calibration[ece]:.3f} on average over {calibration[groups]} groups of "
-    "like size; what chance does to dependent cases is not known.",
-    True: OFF + "These are not calibrated: do so on held-out cases (Platt scaling, isotonic "
-    "regression).",
-    False: OFF + "That is no sign of miscalibration.",
+    None: OFF + "what chance does to dependent cases is not known.",
+    True: OFF + CHANCE + "Calibrate them on held-out cases (Platt scaling, isotonic regression).",
+    False: OFF + CHANCE + "That is no sign of miscalibration.",
 }
 
 
@@ -1118,16 +1113,17 @@ def tell_calibration(result):
     if (found := result.summary["calibration"]) is None:
         yield "No: they lie outside [0, 1], or low ones mean positive."
         return
+    if result.objective.prevalence:
+        yield "This is about the cases as they were observed."
     yield result.fill(MISCALIBRATED[found["miscalibrated"]])
     if found["expected_threshold"] is not None:
+        low, high = found["expected_loss_interval"]
         yield result.fill(
-            "The best threshold of true probabilities would be {rule} = "
-            "{calibration[expected_threshold]:.3f}; the nearest one of the table loses "
-            "{calibration[expected_loss]:z.4f} (95 % interval "
-            "{calibration[expected_loss_interval][0]:z.4f} to "
-            "{calibration[expected_loss_interval][1]:z.4f}), {so}.",
+            "If they were true probabilities, {rule} = {calibration[expected_threshold]:.3f} "
+            "would be best; the nearest threshold here loses {calibration[expected_loss]:z.4f} "
+            f"(95 % interval {low:z.4f} to {high:z.4f}), "
+            f"{'more than' if low > 0 else 'maybe by'} chance.",
             rule="half the best F1" if result.objective.metric == "f1" else "c_FP/(c_FP + c_FN)",
-            so="more than chance" if found["expected_loss_interval"][0] > 0 else "maybe by chance",
         )
 
 
@@ -1192,10 +1188,7 @@ def tell_suggestions(result):
     if counts["fp"] + counts["fn"] < 0.5:
         yield "There are no errors at the chosen threshold among these cases."
     elif summary["dominant_error"] is None:
-        yield (
-            f"The errors are in balance{weighed} ({both}): no threshold removes one kind without "
-            "adding the other; only better scores do."
-        )
+        yield f"The errors are in balance{weighed} ({both}): only better scores remove both kinds."
     else:
         name, _, price, place = CURES[summary["dominant_error"]]
         advice = [f"look for {place}"]
