@@ -776,7 +776,8 @@ def headline(result):
     gain = result.summary["gain"]
     verdict = "none" if gain is None else gain["verdict"] or "out"
     verdict = "one_sided" if result.objective.one_sided else verdict
-    needed = float(f"{gain['cases_needed']:.1e}") if verdict == "cannot_tell" else 0  # two digits
+    needed = np.ceil(gain["cases_needed"]) if verdict == "cannot_tell" else 0
+    needed = float(f"{needed:.1e}")  # two digits say what is known
     text = CHOSEN_BY[result.summary["chosen_by"]] + VALUE + VERDICTS[verdict]
     return result.fill(text, needed=needed)
 
