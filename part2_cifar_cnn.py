@@ -1088,7 +1088,7 @@ def contents(network):
 
 def load_network(path):
     """Load a trained network from best.pt, or from the run in a folder, onto the CPU."""
-    path = path / "best.pt" if path.is_dir() else path
+    path = Path(path, "best.pt") if Path(path).is_dir() else path
     stored = utils.load_checkpoint(path)
     if "optimizer" in stored:
         raise UserError(f"{path} is a training to resume, not the network it keeps: name best.pt")
@@ -1218,12 +1218,12 @@ def plot_history(plt, result):
             label = "training (augmented, with dropout)" if once else None
             axes.plot(epochs, column[f"train_{key}"], "o-", color=utils.BLUE, label=label)
             if split != "none":
-                label = f"{split} (not augmented)" if once else None
+                label = {"val": "validation", "test": "test"}[split] if once else None
                 axes.plot(epochs, column[f"eval_{key}"], "s--", color=utils.ORANGE, label=label)
         lr.plot(epochs, column["lr"], "o-", drawstyle="steps-post", color=utils.RED)
     loss.set_ylabel("cross-entropy")
     share.set_ylabel("accuracy")
-    lr.set(ylabel="learning rate at the start of the epoch", ylim=(0, None))
+    lr.set(ylabel="learning rate (start of epoch)", ylim=(0, None))
     for axes in figure.axes:
         axes.set_xlabel("epoch")
         axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
@@ -1288,7 +1288,7 @@ def plot_predictions(plt, result, rows=4, columns=6):
     for axes, i in zip(figure.axes, chosen):
         text, color = f"{classes[preds[i]]} ({result.probs[i].max():.0%})", utils.BLUE
         if preds[i] != labels[i]:
-            text, color = f"said {text},\nis {classes[labels[i]]}", utils.RED
+            text, color = f"{text},\nis {classes[labels[i]]}", utils.RED
         axes.set_title(text, fontsize=9, loc="center", color=color)
     counts = f"{len(right)} right (blue) and {len(wrong)} wrong (orange) guesses"
     figure.suptitle(f"{result.data.name}: {counts}")
