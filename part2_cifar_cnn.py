@@ -144,9 +144,7 @@ def load_data(settings, folder):
     """Load the data set asked for onto the device and split it, once and for all."""
     data = set_aside(find_data(settings.dataset, folder), settings.select_on)
     held = f"{len(data.valid):,} held out to choose the epoch, " * (settings.select_on == "val")
-    tell(
-        f"{data.name}: {len(data.train):,} training images, {held}{len(data.test):,} test images."
-    )
+    tell(f"{data.name}: {len(data.train):,} training, {held}{len(data.test):,} test images.")
     if not data.mirror and (settings.flip, settings.tta) != ("none", "none"):
         tell("A mirrored digit is a different symbol, so nothing is mirrored.")
     parts = {name: getattr(data, name).to(settings.device) for name in ("train", "valid", "test")}
@@ -156,8 +154,7 @@ def load_data(settings, folder):
 def set_aside(data, select_on):
     """For "val" hold out a fixed, stratified tenth of the training images.
 
-    For "test" the test images choose the epoch; for "last" nothing does. (scikit-learn's
-    own split would add a second to the start of every run.)
+    (scikit-learn's own split would add a second to the start of every run.)
     """
     if select_on == "test":
         return replace(data, valid=data.test)
@@ -235,13 +232,6 @@ def normalise(images, mean, std):
     return ((images - mean) / std).permute(0, 3, 1, 2)
 
 
-@lru_cache
-@torch.inference_mode(False)
-def on_device(values, device):
-    """Values of [0, 1] as bytes, copied to a device once and not in each step."""
-    return 255 * torch.tensor(values, device=device)
-
-
 # %% 3. Training: the loop
 
 
@@ -297,9 +287,8 @@ def train(training, folder):
     except RuntimeError as error:
         if not re.search("out of memory|cuDNN|CUBLAS", str(error)):
             raise
-        size = training.settings.batch_size
-        text = f"not enough memory on the GPU for batches of {size}"
-        raise UserError(f"{text}: try --batch-size {max(1, size // 2)}") from error
+        size = max(1, training.settings.batch_size // 2)
+        raise UserError(f"not enough memory on the GPU: try --batch-size {size}") from error
 
 
 def train_epoch(training, pressed=()):
@@ -364,10 +353,7 @@ def judge(training, row):
 
 
 def best_epoch(history):
-    """Number of the epoch to keep: the best on the images that choose it, else the last.
-
-    Of equal accuracies the one with the lowest loss is best.
-    """
+    """The epoch to keep: the most accurate on the images that choose it, else the last."""
     if history[-1]["eval_split"] == "none":
         return len(history)
     return max(history, key=lambda row: (row["eval_accuracy"], -row["eval_loss"]))["epoch"]
@@ -729,6 +715,13 @@ def whiten(conv, images):
 
 
 # %% Devices, optimizers, schedules, averages
+
+
+@lru_cache
+@torch.inference_mode(False)
+def on_device(values, device):
+    """Values of [0, 1] as bytes, copied to a device once and not in each step."""
+    return 255 * torch.tensor(values, device=device)
 
 
 def try_device(device):
