@@ -413,10 +413,7 @@ def predict(network, images, batch=500):
 
 
 def average_probs(networks, images):
-    """Mean probabilities (n, classes) of the networks, weighted by validation accuracy.
-
-    All count the same where one of them has none.
-    """
+    """Mean probabilities (n, classes), weighted by validation accuracy if all networks have it."""
     weights = [validation_accuracy(network) for network in networks]
     weights = np.ones(len(networks)) if None in weights else np.array(weights)
     probs = [predict(network, images).softmax(1) for network in networks]

@@ -907,6 +907,8 @@ def load_checkpoint(path):
     try:
         if os.path.exists(path) and not os.path.isfile(path):
             raise ValueError("it is no regular file")
+        if os.path.getsize(path) > 4 << 30:
+            raise ValueError("it is larger than 4 GiB")
         data = Path(path).read_bytes()
         # torch does not verify the checksums of its zip members; zipfile does.
         if bad := zipfile.ZipFile(io.BytesIO(data)).testzip():

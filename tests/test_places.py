@@ -352,7 +352,7 @@ def within(seconds):
         signal.signal(signal.SIGALRM, before)
 
 
-@pytest.mark.parametrize("kind", ["nested", "expanded", "pipe", "folder"])
+@pytest.mark.parametrize("kind", ["nested", "expanded", "pipe", "folder", "huge"])
 def test_small_checkpoints_cannot_hang_or_fill_the_memory(kind, tmp_path):
     path = tmp_path / "best.pt"
     contents = {"format": utils.CHECKPOINT_FORMAT, "digest": "x"}
@@ -360,6 +360,9 @@ def test_small_checkpoints_cannot_hang_or_fill_the_memory(kind, tmp_path):
         os.mkfifo(path)
     elif kind == "folder":
         path.mkdir()
+    elif kind == "huge":
+        with open(path, "wb") as file:
+            file.truncate(5 << 30)  # takes no room on the disk
     elif kind == "nested":  # 10 ** 12 lists in a few hundred bytes
         part = [0] * 10
         for _ in range(12):
