@@ -1198,7 +1198,7 @@ def test_groups_of_one_case_each_are_no_groups():
     "arguments",
     ["--fp-cost 2", "--fn-cost 2 --metric f1", "--beta 3", "--positive yes", "--count-column n",
      "--group-column g", "--lower-is-positive", "--label-column y", "--test x.csv",
-     "--scenario calibrated --scores x.csv", "--threshold 0.5 --test x.csv --scores x.csv"],
+     "--threshold 0.5 --test x.csv --scores x.csv"],
 )  # fmt: skip
 def test_an_option_without_effect_is_refused(tmp_path, capsys, arguments):
     assert arguments.split()[0] in assert_refused(tmp_path, capsys, *arguments.split())
