@@ -148,37 +148,29 @@ def analyse(
     table, best_row = choice.table, choice.table[[choice.chosen]]
     columns, drawn = tabulate(table, objective), certainty(choice)
     found = describe_choice(choice, columns, drawn)
-    held_out = not (choice.fixed or objective.confidence)
     error = dominant_error(best_row, objective)
     summary = {
         "source": source,
         "scenario": scenario,
         "chosen_by": "given" if given is not None else "other cases" if test else "these cases",
         "seed": seed,
-        "n": every.n,
-        "n_positive": every.pos,
-        "groups": None if cases.groups is None else int(cases.groups.max()) + 1,
+        **describe_cases(every, cases, objective),
         **asdict(objective),
-        "probabilities": every.probabilities,
         "table": kind,
         "small_loss": small_loss(table, objective),
-        **areas(every, objective),
-        "ranking": judge_ranking(every, cases.groups),
         **found,
         "limits": drawn["limits"],
         "replicates": REPLICATES,
-        "holdout": check_holdout(choice, share) if held_out else None,
+        "holdout": check_holdout(choice, share),
         "exact": describe_exact(every, cases, found["best"], objective) if exact else None,
-        "calibration": calibration(every, choice) | check_theory(choice, found["best"])
-        if every.probabilities
-        else None,
+        "calibration": calibration(every, choice, found["best"]),
         "balances": other_balances(table, objective),
         "dominant_error": error,
         "suggestion": suggest_limit(table, found["best"], objective, error),
     }
     bars = every.at(score_edges(every, best_row.threshold, cases.scores.dtype))
     curve = every[np.unique(np.linspace(0, every.threshold.size - 1, 2000).astype(int))]
-    shape = reliability(every, seed) if every.probabilities else None
+    shape = reliability(every, seed)
     return Result(cases, choice, curve, bars, columns, shape, drawn["bands"], summary)
 
 
@@ -528,6 +520,18 @@ def areas(every, objective):
     roc_auc = abs(np.trapezoid(recall, every.fpr))
     # Of separable scores the sum can exceed 1 by a rounding error.
     return {"roc_auc": roc_auc, "average_precision": min(-np.diff(recall) @ precision[:-1], 1.0)}
+
+
+def describe_cases(every, cases, objective):
+    """How many cases there are, and how well their scores rank them."""
+    return {
+        "n": every.n,
+        "n_positive": every.pos,
+        "groups": None if cases.groups is None else int(cases.groups.max()) + 1,
+        "probabilities": every.probabilities,
+        **areas(every, objective),
+        "ranking": judge_ranking(every, cases.groups),
+    }
 
 
 def judge_ranking(every, groups=None):
@@ -956,7 +960,12 @@ def hold_out(cells, share, seed):
 
 
 def check_holdout(choice, share):
-    """What a threshold chosen on one part of the cases does on the other; None if too few."""
+    """What a threshold chosen on one part of the cases does on the other; None if too few.
+
+    And None where these cases do not choose, or a part could not keep the promise of all.
+    """
+    if choice.fixed or choice.objective.confidence:
+        return None
     table, objective, default = choice.table, choice.objective, choice.table.half
     cells = table.cells() if choice.clusters is None else choice.clusters
     parts = hold_out(cells, share, choice.seed)
@@ -1040,12 +1049,14 @@ def by_chance(groups, number, seed):
     return rng.binomial(trials.astype(np.int64), ratio(mean, trials), (number, mean.size))
 
 
-def calibration(every, choice):
+def calibration(every, choice, best):
     """Expected calibration error, and what chance alone makes of that of calibrated scores.
 
     The mean distance of the share of positives from the mean score (Naeini et al. 2015), over
     ten groups of equal size: groups of equal width can hold all cases, whose errors cancel out.
     """
+    if not every.probabilities:
+        return None
     groups = equal_groups(every, BINS)
 
     def error(positives):
@@ -1053,7 +1064,7 @@ def calibration(every, choice):
 
     chance, ece = by_chance(groups, REPLICATES, choice.seed), error(groups[1])
     interval = np.quantile(error(chance), LEVELS)
-    found = {"ece": ece, "groups": groups.shape[1]}
+    found = {"ece": ece, "groups": groups.shape[1], **check_theory(choice, best)}
     if choice.clusters is not None:  # chance is that of independent cases
         return found | {"ece_by_chance": None, "miscalibrated": None}
     return found | {"ece_by_chance": interval, "miscalibrated": bool(ece > interval[1])}
@@ -1061,6 +1072,8 @@ def calibration(every, choice):
 
 def reliability(every, seed):
     """The isotonic curve, and its band if scores were calibrated (Dimitriadis et al. 2021)."""
+    if not every.probabilities:
+        return None
     groups = equal_groups(every, 1000)
     count, positives, total, _ = groups
     drawn = [isotonic(row, count) for row in by_chance(groups, 200, seed)]

@@ -329,7 +329,9 @@ def cover_calibration(draws):
             else:
                 labels, scores = simulate_scores(n, 0.3, kind, seed)
             every = count_every_score(Cases(labels, scores), Objective())
-            said += calibration(every, Choice(every, Objective(), 0, seed))["miscalibrated"]
+            said += calibration(every, Choice(every, Objective("mcc"), 0, seed), {"f1": 1})[
+                "miscalibrated"
+            ]
         met = said <= 0.05 * draws if kind in CALIBRATED else n != 1000 or said >= 0.95 * draws
         print(f"{kind:17}{n:6} {goal(said / draws, met)}", flush=True)
 

@@ -70,7 +70,7 @@ def all_metrics(labels, scores, objective=Objective()):  # noqa: B008 (frozen)
 
 def calibrate(labels, scores, seed=0):
     every = count(labels, scores)
-    return calibration(every, Choice(every, Objective(), 0, seed))
+    return calibration(every, Choice(every, Objective("mcc"), 0, seed), {"f1": 1.0})
 
 
 def summary_of(labels, scores, *arguments, **more):
