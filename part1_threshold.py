@@ -5,7 +5,7 @@
     python part1_threshold.py --scores FILE.csv --positive yes  your own scores
 
 The first takes about 2 s on two CPU cores. Of 10,000 simulated cases F1 is best at 0.49:
-0.8676 (95 % interval 0.8573 to 0.8763), and 0.8655 at the default 0.5; ROC AUC 0.9698. It
+0.8676 (95% interval 0.8573 to 0.8763), and 0.8655 at the default 0.5; ROC AUC 0.9698. It
 writes summary.json (every number), thresholds.csv (81 thresholds, all metrics), scores.csv
 (simulated scores only) and the plots 01_... to 06_...png into outputs/part1.
 
@@ -35,7 +35,7 @@ from utils import BLACK, BLUE, GREEN, ORANGE, PURPLE, RED, SKY, UserError, say, 
 GRID = np.arange(10, 91) / 100
 TOLERANCE = 1e-12  # values closer than this are equally good
 REPLICATES = 2000  # tables that are drawn for each interval
-LEVELS = (0.025, 0.975)  # of every 95 % interval
+LEVELS = (0.025, 0.975)  # of every 95% interval
 RATES = ("precision", "recall", "specificity", "alert_rate")  # with intervals, whatever is best
 LIMITS = {"min_precision": "precision", "min_recall": "recall", "max_alert_rate": "alert_rate"}
 BALANCES = (0.05, 0.10, 0.30, 0.50)  # shares of positives in step 6
@@ -75,7 +75,7 @@ class Result:
     bars: Counts  # at 61 evenly spaced scores and the chosen threshold
     columns: dict  # what thresholds.csv holds: (T,) each
     reliability: dict | None  # isotonic curve, where the scores are probabilities
-    bands: dict  # 95 % band of each metric that is drawn: (2, T)
+    bands: dict  # 95% band of each metric that is drawn: (2, T)
     summary: dict  # what summary.json holds
 
     objective = property(lambda self: self.choice.objective)
@@ -261,7 +261,7 @@ def tell_scores(result):
     if objective.lower_is_positive:
         yield "A case is called positive when score <= threshold, since low scores mean positive."
     if share := objective.prevalence:
-        yield f"From here on, all numbers are for cases of which {100 * share:.4g} % are positive."
+        yield f"From here on, all numbers are for cases of which {100 * share:.4g}% are positive."
 
 
 # %% Counting
@@ -594,7 +594,7 @@ def goodness(counts, objective):
 
 
 def small_loss(counts, objective):
-    """A loss too small to care about: 0.5 % of the way from a useless rule to no error."""
+    """A loss too small to care about: 0.5% of the way from a useless rule to no error."""
     share = objective.prevalence or counts.pos / counts.n
     nobody, everybody = objective.fn_cost * share, objective.fp_cost * (1 - share)
     reach = {"cost": min(nobody, everybody), "net_benefit": share}
@@ -759,10 +759,10 @@ CHOSEN_BY = {
     "other cases": "Threshold {best[threshold]:t}, chosen on other cases",
     "given": "Threshold {best[threshold]:t}, as given",
 }
-VALUE = " ({name} {best[value]:.4f}, 95 % interval {best[value_interval][0]:.4f} to "
+VALUE = " ({name} {best[value]:.4f}, 95% interval {best[value_interval][0]:.4f} to "
 VALUE += "{best[value_interval][1]:.4f}). "
 GAIN = "The default 0.5 reaches {default[value]:.4f}. Corrected for the luck of the choice, the "
-GAIN += "gain is {gain[corrected]:+z.4f} (95 % interval {gain[corrected_interval][0]:+z.4f} to "
+GAIN += "gain is {gain[corrected]:+z.4f} (95% interval {gain[corrected_interval][0]:+z.4f} to "
 GAIN += "{gain[corrected_interval][1]:+z.4f}): "
 VERDICTS = {
     "pays": GAIN + "worth having.",
@@ -886,7 +886,7 @@ def luck(drawn, seen, picks, chosen):
 
 
 def ends(draws, seen, lucky, low=-np.inf, high=np.inf):
-    """95 % interval of a quantity from its draws, longer on the side of luck, in [low, high].
+    """95% interval of a quantity from its draws, longer on the side of luck, in [low, high].
 
     How much of the choice was luck is unknown: one end counts on all of it, the other on none.
     What was seen is inside: where no error was, it ends at none (Brown, Cai, DasGupta 2001).
@@ -901,7 +901,7 @@ def certainty(choice):
     Returns
     -------
     dict
-        95 % ``intervals`` of the threshold (chosen again in each drawn table) and of metrics at
+        95% ``intervals`` of the threshold (chosen again in each drawn table) and of metrics at
         the chosen one, the ``luck`` in those metrics, the probability that the population
         keeps the ``limits``, and (2, T) ``bands`` of the metrics.
     """
@@ -991,14 +991,14 @@ def tell_certainty(result):
     if not result.choice.fixed:
         yield result.fill(
             "In {replicates:,} tables drawn given these cases, the best threshold is between "
-            "{best[threshold_interval][0]:t} and {best[threshold_interval][1]:t} (95 %). From "
+            "{best[threshold_interval][0]:t} and {best[threshold_interval][1]:t} (95%). From "
             "{near_optimal[low]:t} to {near_optimal[high]:t} the value is within {small_loss:.3g} "
             "of the best. Corrected for the luck of the choice it is {best[value_corrected]:.4f}."
         )
     # Where many thresholds are as good, more cases would not narrow the interval.
     if np.ptp(best["threshold_interval"]) > max(0.1, 2 * (near["high"] - near["low"])):
         yield "That interval of the threshold is wide: label more cases to narrow it."
-    yield result.fill("  at {best[threshold]:<16t}   value  95 % interval")
+    yield result.fill("  at {best[threshold]:<16t}   value  95% interval")
     for rate in RATES:
         low, high = best[f"{rate}_interval"]
         yield f"  {METRICS[rate].name:<17}{best[rate]:>8.3f}  {low:.3f} to {high:.3f}"
@@ -1007,7 +1007,7 @@ def tell_certainty(result):
         yield f"{kept} with a probability of {limit['probability']:.0%}."
     if objective.confidence:
         wrong = 100 * (1 - objective.confidence)
-        yield f"Choices like this one break a limit in at most {wrong:.3g} % of all samples."
+        yield f"Choices like this one break a limit in at most {wrong:.3g}% of all samples."
     if held:
         yield result.fill(
             "Chosen on one part of the cases ({holdout[threshold]:t}, value "
@@ -1135,7 +1135,7 @@ def tell_calibration(result):
         yield result.fill(
             "If they were true probabilities, {rule} = {calibration[expected_threshold]:.3f} "
             "would be best; the nearest threshold here loses {calibration[expected_loss]:z.4f} "
-            f"(95 % interval {low:z.4f} to {high:z.4f}), "
+            f"(95% interval {low:z.4f} to {high:z.4f}), "
             f"{'more than' if low > 0 else 'maybe by'} chance.",
             rule="half the best F1" if result.objective.metric == "f1" else "c_FP/(c_FP + c_FN)",
         )
@@ -1278,7 +1278,7 @@ def plot_comparison(plt, result):
 
 
 def plot_thresholds(plt, result, points, title):
-    """Metrics against the threshold with 95 % bands and the dots given in ``points``."""
+    """Metrics against the threshold with 95% bands and the dots given in ``points``."""
     x, best = result.columns["threshold"], result.summary["best"]["threshold"]
     figure, axes = plt.subplots()
     for metric, point in points.items():
@@ -1293,7 +1293,7 @@ def plot_thresholds(plt, result, points, title):
     axes.axvline(best, color=RED, lw=1, label=result.fill(CHOSEN))
     if result.table.probabilities:
         axes.axvline(0.5, color="gray", lw=1.5, ls=":", label="default 0.5")
-    axes.set(xlabel="threshold", ylabel="value, with 95 % band", title=title)
+    axes.set(xlabel="threshold", ylabel="value, with 95% band", title=title)
     return figure
 
 
@@ -1331,7 +1331,7 @@ def plot_reliability(plt, result):
         return None
     shape = result.reliability
     figure, (axes, below) = plt.subplots(2, sharex=True, figsize=(6.4, 6), height_ratios=(3, 1))
-    label = "where calibrated scores would be (95 %)"
+    label = "where calibrated scores would be (95%)"
     if result.choice.clusters is None:
         axes.fill_between(shape["score"], *shape["band"], color="lightgray", lw=0, label=label)
     axes.plot(shape["score"], shape["share"], color=BLUE, label="these scores (isotonic curve)")
@@ -1367,14 +1367,18 @@ def parse_arguments(argv):
     add("--n-samples", type=utils.integer(2), default=10_000, help="number of cases")
     add("--positive-rate", type=share, default=0.3, help="share of positives")
     add = parser.add_argument_group("your own scores").add_argument
-    add("--scores", type=Path, help="CSV (also .gz, .bz2, .xz), NPZ or NPY file; - is the input")
+    add(
+        "--scores",
+        type=utils.user_path,
+        help="CSV (also .gz, .bz2, .xz), NPZ or NPY file; - is the input",
+    )
     add("--label-column", help="column or array of the labels, else y_true or found by values")
     add("--score-column", help="column or array of the scores, else y_score or found by values")
     add("--positive", help="label that is positive; every other one is negative")
     add("--lower-is-positive", action="store_true", help="low scores mean positive")
     add("--count-column", help="how many cases a row stands for")
     add("--group-column", help="person, place or day; cases of one are resampled together")
-    add("--test", type=Path, help="judge the choice on the cases of another file")
+    add("--test", type=utils.user_path, help="judge the choice on the cases of another file")
     add = parser.add_argument_group("what is best").add_argument
     add("--metric", type=metric_name, choices=METRICS, default="f1", help="what to optimise")
     add("--beta", type=number(0, 1000, "(]"), default=2.0, help="weight of recall in f_beta")
@@ -1390,7 +1394,7 @@ def parse_arguments(argv):
     add = parser.add_argument_group("run").add_argument
     add("--holdout", type=share, default=0.5, help="share of cases that scores the choice")
     add("--seed", type=utils.integer(0, 2**128), default=42, help="of simulation and resampling")
-    add("--output-dir", type=Path, default=Path("outputs/part1"), help="where to write")
+    add("--output-dir", type=utils.user_path, default=Path("outputs/part1"), help="where to write")
     add("--show", action="store_true", help="also show the plots in windows")
     arguments = parser.parse_args(argv)
     check_arguments(arguments, parser.get_default)
@@ -1429,5 +1433,5 @@ def check_arguments(a, default):
         raise UserError("--fp-cost and --fn-cost are both 0: give one of them a value")
 
 
-if __name__ == "__main__":
+if __name__ == "__main__" and not hasattr(sys, "ps1"):  # not as a notebook's cells
     sys.exit(main())

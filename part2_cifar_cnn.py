@@ -7,7 +7,7 @@
     python part2_cifar_cnn.py --evaluate RUN RUN ...   average finished runs
 
 The default network has two convolutions, BatchNorm, dropout and 282,442 parameters. With
-seed 42 its ten epochs take 58 s on two CPU cores that compute in bfloat16 and reach 69.88 %
+seed 42 its ten epochs take 58 s on two CPU cores that compute in bfloat16 and reach 69.88%
 on the test images. It trains on CUDA where there is one, else on the CPU. The epoch that is
 best on 5,000 held-out training images is kept; the test images are used once, at the end.
 
@@ -1379,9 +1379,7 @@ class Settings:
 
 def parse_arguments(argv):
     """Read the command line; ``given`` holds the settings that were given, ``folder`` a folder."""
-    bundles = (
-        f"{name}: {flags_text(bundle) or 'the defaults'}" for name, bundle in PRESETS.items()
-    )
+    bundles = (f"{name}: {flags_text(flags) or 'the defaults'}" for name, flags in PRESETS.items())
     how = {"initial_indent": "  ", "subsequent_indent": "    ", "break_on_hyphens": False}
     bundles = "\n".join(textwrap.fill(text, 78, **how) for text in bundles)
     parser = utils.Parser(
@@ -1394,28 +1392,15 @@ def parse_arguments(argv):
         how = {key: value for key, value in option.metadata.items() if key != "augment"}
         how["help"] += f" (default: {option.default})"
         parser.add_argument(f"--{option.name.replace('_', '-')}", default=argparse.SUPPRESS, **how)
-    add = parser.add_argument
-    add(
-        "--data-dir",
-        type=utils.folder_option,
-        default=Path("data"),
-        help="folder of CIFAR-10 (default: data)",
-    )
+    add, path = parser.add_argument, {"type": utils.user_path}
+    add("--data-dir", **path, default=Path("data"), help="folder of CIFAR-10 (default: data)")
     text = "where to write (default: outputs/part2, with the preset, data set and seed if changed)"
-    add("--output-dir", type=utils.folder_option, help=text)
+    add("--output-dir", **path, help=text)
     one_of = parser.add_mutually_exclusive_group().add_argument
     one_of("--overwrite", action="store_true", help="replace a run with other settings")
     text = "continue the run in a folder (default: the output folder), with its settings"
-    one_of(
-        "--resume", type=utils.folder_option, nargs="?", const=True, metavar="FOLDER", help=text
-    )
-    one_of(
-        "--evaluate",
-        type=utils.folder_option,
-        nargs="+",
-        metavar="RUN",
-        help="average finished runs",
-    )
+    one_of("--resume", **path, nargs="?", const=True, metavar="FOLDER", help=text)
+    one_of("--evaluate", **path, nargs="+", metavar="RUN", help="average finished runs")
     add("--show", action="store_true", help="also show the figures in windows")
     a = parser.parse_args(argv)
     a.show = a.show and utils.can_show()

@@ -182,7 +182,7 @@ def check_output(path):
         raise UserError(f"{text}: choose another --output-dir")
 
 
-def folder_option(text):
+def user_path(text):
     """Argparse type: a path, ~ expanded."""
     return Path(text).expanduser()
 

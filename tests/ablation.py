@@ -442,7 +442,7 @@ def plot(plt, gains):
         ylim=(66, 98),
         xlabel="seconds of training",
         ylabel="test accuracy (%)",
-        title=f"CIFAR-10: {best['accuracy']:.2f} % in {best['seconds'] / 60:.0f} minutes "
+        title=f"CIFAR-10: {best['accuracy']:.2f}% in {best['seconds'] / 60:.0f} minutes "
         f"without a GPU ({name_on_plot(best['change'])})",
     )
     return figure

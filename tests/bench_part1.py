@@ -192,8 +192,8 @@ def logit_normal(positive, negative):
 
 
 POPULATIONS = {  # tpr and fpr, share of positives in the sample, --prevalence
-    "30 % positives": (beta((6, 3), (3, 8)), 0.3, None),
-    "5 % positives": (beta((6, 3), (3, 8)), 0.05, None),
+    "30% positives": (beta((6, 3), (3, 8)), 0.3, None),
+    "5% positives": (beta((6, 3), (3, 8)), 0.05, None),
     "nearly separable": (beta((20, 4), (4, 20)), 0.3, None),
     "no skill": (beta((4, 4), (4, 4)), 0.3, None),
     "prevalence 0.05": (beta((6, 3), (3, 8)), 0.3, 0.05),
@@ -260,7 +260,7 @@ def cover_values(draws):
         found = share_of(rows[:, 9], real > 0.05, draws / 8)
         least, asked = (
             0.925 if n >= 200 else 0.9,
-            n == 1000 and name in ("30 % positives", "underconfident"),
+            n == 1000 and name in ("30% positives", "underconfident"),
         )
         print(
             f"{name:17}{n:6} {metric:18}{goal(inside[0], inside[0] >= least)}"
@@ -271,7 +271,7 @@ def cover_values(draws):
         )
 
 
-LIMITED = ("30 % positives", "5 % positives", "underconfident")
+LIMITED = ("30% positives", "5% positives", "underconfident")
 # Drawn anew for each sample, so that no single threshold of the grid decides.
 RANGES = {"min_precision": (0.7, 0.97), "min_recall": (0.7, 0.97), "max_alert_rate": (0.1, 0.4)}
 PROMISES = (
@@ -319,7 +319,7 @@ CALIBRATED = {
 
 
 def cover_calibration(draws):
-    print("\nshare of samples that are called miscalibrated (calibrated ones: at most 5 %)")
+    print("\nshare of samples that are called miscalibrated (calibrated ones: at most 5%)")
     for kind, n in itertools.product((*CALIBRATED, "underconfident"), (100, 300, 1000, 10_000)):
         rng, said = np.random.default_rng([n, *kind.encode()]), 0
         for seed in range(draws):

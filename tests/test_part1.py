@@ -249,7 +249,7 @@ def test_calibrated_scores_are_rarely_called_miscalibrated(monkeypatch, kind, n)
         scores = CALIBRATED[kind](rng, n)
         labels = rng.random(n) < scores
         said += calibrate(labels, scores, seed)["miscalibrated"]
-    assert said <= 9  # binomial: more than 9 of 100 at 5 % has a chance of 2.8 %, at 2.5 % none
+    assert said <= 9  # binomial: more than 9 of 100 at 5% has a chance of 2.8%, at 2.5% none
 
 
 def test_miscalibrated_scores_are_called_so():
@@ -916,7 +916,7 @@ def test_the_committed_outputs_and_the_first_lines_are_those_of_the_default_run(
     best, text = committed["best"], " ".join(part1.__doc__.split())
     low, high = best["value_interval"]
     assert f"Of {committed['n']:,} simulated cases F1 is best at {best['threshold']}:" in text
-    assert f"{best['value']:.4f} (95 % interval {low:.4f} to {high:.4f})" in text
+    assert f"{best['value']:.4f} (95% interval {low:.4f} to {high:.4f})" in text
     assert f"{committed['default']['value']:.4f} at the default 0.5" in text
     assert f"ROC AUC {committed['roc_auc']:.4f}." in text
 
@@ -950,7 +950,7 @@ def test_a_gain_is_rarely_claimed_of_scores_without_skill(monkeypatch, metric):
         half = table.threshold.searchsorted(0.5)
         gain = gain_over(Choice(table, objective, find_best(table, objective), seed), half)
         claims += gain["corrected_interval"][0] > 0
-    assert claims <= 7  # binomial: more than 7 of 60 at 5 % has a chance of 1.5 %
+    assert claims <= 7  # binomial: more than 7 of 60 at 5% has a chance of 1.5%
 
 
 def test_a_true_gain_is_found(monkeypatch):
@@ -1019,7 +1019,7 @@ def test_lower_is_positive_mirrors_the_scores_exactly(tmp_path):
 
 @pytest.mark.parametrize("n", [3, 40, 1000])
 def test_scores_that_say_nothing_are_said_to_be_guesses(n):
-    """As often as not: at most 5 % of areas of guesses count as right or reversed."""
+    """As often as not: at most 5% of areas of guesses count as right or reversed."""
     rng, known = np.random.default_rng(n), 0
     for _ in range(200):
         labels = rng.permutation(np.arange(n) < max(1, n // 3))
@@ -1182,7 +1182,7 @@ def test_cases_of_a_group_are_resampled_together(monkeypatch):
             choice = Choice(table, Objective(), half, seed, fixed=True, clusters=clusters)
             low, high = certainty(choice)["intervals"]["f1"]
             covered[name] += low <= many <= high
-    assert covered["grouped"] >= 87 > 75 > covered["alone"]  # 90 %, less 1 standard deviation
+    assert covered["grouped"] >= 87 > 75 > covered["alone"]  # 90%, less 1 standard deviation
 
 
 def test_a_group_column_is_read_and_split_as_wholes(tmp_path, capsys):
@@ -1247,7 +1247,7 @@ def population(name):
 ])  # fmt: skip
 @pytest.mark.parametrize("name, n", [("plain", 300), ("weak", 1000)])
 def test_a_promise_is_rarely_broken(name, n, limits):
-    """In at most 10 % of all runs the population breaks a limit at the chosen threshold."""
+    """In at most 10% of all runs the population breaks a limit at the chosen threshold."""
     tpr, fpr, draw = population(name)
     objective, broken, runs = Objective(**limits, confidence=0.9), 0, 120
     for seed in range(runs):
@@ -1259,11 +1259,11 @@ def test_a_promise_is_rarely_broken(name, n, limits):
         at = table.threshold[[chosen]]
         truth = Counts(at, 0.3 * tpr(at), 0.7 * fpr(at), 0.3, 0.7)
         broken += part1.shortfall(truth, objective).item() > 0
-    assert broken <= 18  # binomial: more than 18 of 120 at 10 % has a chance of 3 %
+    assert broken <= 18  # binomial: more than 18 of 120 at 10% has a chance of 3%
 
 
 def test_a_promise_that_is_easy_is_made():
-    """Some threshold's precision exceeds the limit by 0.1: an answer in 80 % at n = 1,000."""
+    """Some threshold's precision exceeds the limit by 0.1: an answer in 80% at n = 1,000."""
     objective, draw = Objective(min_precision=0.8, confidence=0.9), population("plain")[2]
     tables = [table_of(*draw(seed, 1000), objective) for seed in range(20)]
     assert sum(part1.promised(table, objective).any() for table in tables) >= 16
@@ -1287,7 +1287,7 @@ def test_a_promise_is_a_choice_or_a_number_of_cases(tmp_path, capsys):
     plain, _ = run(tmp_path / "b", *options[:-2])
     assert summary["best"]["threshold"] > plain["best"]["threshold"] and not summary["holdout"]
     assert summary["limits"]["min_precision"]["probability"] > 0.85
-    assert summary["confidence"] == 0.9 and "break a limit in at most 10 %" in printed(capsys)
+    assert summary["confidence"] == 0.9 and "break a limit in at most 10%" in printed(capsys)
     options[1] = 60
     error = assert_refused(tmp_path, capsys, *options)
     needed = int(re.search(r"roughly ([\d,]+) cases", error)[1].replace(",", ""))

@@ -10,7 +10,6 @@ import gzip
 import io
 import json
 import lzma
-import os
 import pickle
 import random
 import sys
@@ -19,6 +18,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from helpers import Hostile, damaged_bytes
 from numpy.testing import assert_array_equal
 from sklearn import metrics as sk
 
@@ -289,26 +289,6 @@ def simplify(value):
     return round(value, 9) if isinstance(value, float) else value
 
 
-def damaged_bytes(data, rng):
-    """Truncate, overwrite, cut out, repeat or insert a few bytes; may leave all as it was."""
-    data, way = bytearray(data), rng.randrange(6)
-    start = rng.randrange(len(data) + 1)
-    length = rng.choice([1, 2, 8, 100])
-    if way == 0:
-        del data[start:]
-    elif way == 1:
-        data[start : start + length] = rng.randbytes(len(data[start : start + length]))
-    elif way == 2:
-        del data[start : start + length]
-    elif way == 3:
-        data[start:start] = data[start : start + length]
-    elif way == 4:
-        data[start:start] = rng.randbytes(length)
-    elif data:
-        data[start % len(data)] ^= 1 << rng.randrange(8)
-    return bytes(data)
-
-
 def table(rng):
     rows = [["id", "y_true", "y_score"]]
     for i in range(rng.randrange(30, 60)):
@@ -410,13 +390,6 @@ def fuzz_scores(kind, number, random_input, read, tmp_path, capsys):
 
 def test_damaged_csv_files(tmp_path, capsys):
     fuzz_scores("csv", 200, random_csv, read_csv, tmp_path, capsys)
-
-
-class Hostile:
-    """What makes the folder ``marker`` when it is unpickled."""
-
-    def __reduce__(self):
-        return os.mkdir, ("marker",)
 
 
 def as_npz(save=np.savez, **arrays):
