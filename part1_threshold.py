@@ -334,16 +334,25 @@ def count_every_score(cases, objective):
         keys <<= 1
         keys |= labels
         keys.sort()
-        positive, each = (keys & 1).astype(bool), 1
+        positive, each = (keys & 1).astype(bool), None
         keys >>= 1
     else:
         order = np.argsort(ordered)
         ordered[:], positive = ordered[order], labels[order]
-        each = 1 if counts is None else counts[order]
-    tp, fp = (np.append(np.cumsum((kind * each)[::-1])[::-1], 0) for kind in (positive, ~positive))
+        each = None if counts is None else counts[order]
+    if each is None:
+        tp, total = at_or_above(positive), np.arange(scores.size, -1, -1)
+    else:
+        tp, total = at_or_above(positive * each), at_or_above(each)
+    fp = total - tp
     first = np.append(True, threshold[1:] != threshold[:-1])  # equal scores are one threshold
     found = Counts(threshold, tp, fp, int(tp[0]), int(fp[0]), bool(probabilities))
     return found if first.all() else found[first]
+
+
+def at_or_above(amounts):
+    """How much lies at or above each place of a sorted array, and last 0."""
+    return np.append(np.cumsum(amounts[::-1])[::-1], 0)
 
 
 def lay_table(every, optimum, dtype, objective):
