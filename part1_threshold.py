@@ -162,7 +162,7 @@ def analyse(
         "limits": drawn["limits"],
         "replicates": REPLICATES,
         "holdout": check_holdout(choice, share),
-        "exact": describe_exact(every, cases, found["best"], objective) if exact else None,
+        "exact": describe_exact(every, cases, found["best"], choice) if exact else None,
         "calibration": calibration(every, choice, found["best"]),
         "balances": other_balances(table, objective),
         "dominant_error": error,
@@ -256,6 +256,8 @@ def tell_scores(result):
         yield "The threshold was chosen on other cases; all numbers are of these."
     if groups := summary["groups"]:
         yield f"They come in {groups:,} groups, which are resampled as wholes."
+        if groups < 20:
+            yield "Of so few groups the intervals are too narrow: take them as a first impression."
     if result.cases.remark:
         yield result.cases.remark
     if objective.lower_is_positive:
@@ -282,8 +284,12 @@ class Counts:
     tpr = property(lambda self: self.tp / self.pos)
     fpr = property(lambda self: self.fp / self.neg)
     tnr = property(lambda self: self.tn / self.neg)
-    # The index of 0.5, where the scores are probabilities.
-    half = property(lambda self: self.threshold.searchsorted(0.5) if self.probabilities else None)
+
+    @property
+    def half(self):
+        """The index of 0.5, None where it is no threshold or the scores are no probabilities."""
+        found = np.flatnonzero(self.threshold == 0.5)
+        return found[0] if self.probabilities and found.size else None
 
     def __getitem__(self, index):
         tp, fp = self.tp[..., index], self.fp[..., index]
@@ -374,7 +380,8 @@ def lay_table(every, optimum, dtype, objective):
     if objective.confidence:  # which may depend on the scores, but not on their labels
         alerts = every.tp + every.fp
         wanted = np.geomspace(1, every.n, GRID.size).round()
-        rows = np.unique(np.searchsorted(-alerts, -wanted, side="right") - 1)
+        rows = np.searchsorted(-alerts, -wanted, side="right") - 1
+        rows = np.unique(np.append(rows, every.threshold.size - 1))  # and that of nobody
         return "extended", table.joined(shortened(every, rows, dtype))
     values = eligible(goodness(table, objective), shortfall(table, objective))
     gain = goodness(every[[optimum]], objective).item() - values.max()
@@ -432,6 +439,11 @@ class Objective:
     sign = property(lambda self: METRICS[self.metric].sign)
     # Scores of which low ones mean positive are counted as their negatives.
     orient = property(lambda self: -1.0 if self.lower_is_positive else 1.0)
+
+    @property
+    def unlimited(self):
+        """The same without limits."""
+        return replace(self, confidence=None, **dict.fromkeys(LIMITS))
 
     @property
     def one_sided(self):
@@ -582,12 +594,13 @@ class Choice:
 def choose(cases, objective, given=None, test=None, seed=0):
     """The choice, the cases that judge it, their counts at every score, and the kind of table."""
     every, dtype = count_every_score(cases, objective), cases.scores.dtype
-    kind, table = lay_table(every, find_best(every, objective), dtype, objective)
+    asked = objective if given is None else objective.unlimited  # a given one needs no search
+    kind, table = lay_table(every, find_best(every, asked), dtype, asked)
     if given is not None:
         place = np.array([objective.orient * given])
         table = table.joined(replace(every.at(place.astype(dtype)), threshold=place))
     allowed = promised(table, objective)
-    chosen = find_best(table, objective, allowed)
+    chosen = find_best(table, asked, allowed)
     chosen = chosen if given is None else table.threshold.searchsorted(place).item()
     if test is not None:  # the thresholds stay; every number is that of the other cases
         cases, every = test, count_every_score(test, objective)
@@ -754,8 +767,9 @@ def weigh(gain, loss, n, judged):
     }
 
 
-def describe_exact(every, cases, best, objective):
+def describe_exact(every, cases, best, choice):
     """The best of all distinct scores, and what keeping to the table costs."""
+    objective = choice.objective.unlimited if choice.fixed else choice.objective
     optimum = shortened(every, np.array([find_best(every, objective)]), cases.scores.dtype)
     found = row(tabulate(optimum, objective), 0, objective.metric)
     loss = objective.sign * (found["value"] - best["value"])
@@ -770,7 +784,7 @@ CHOSEN_BY = {
 }
 VALUE = " ({name} {best[value]:.4f}, 95% interval {best[value_interval][0]:.4f} to "
 VALUE += "{best[value_interval][1]:.4f}). "
-GAIN = "The default 0.5 reaches {default[value]:.4f}. Corrected for the luck of the choice, the "
+GAIN = "The default 0.5 reaches {default[value]:.4f}. {luck}he "
 GAIN += "gain is {gain[corrected]:+z.4f} (95% interval {gain[corrected_interval][0]:+z.4f} to "
 GAIN += "{gain[corrected_interval][1]:+z.4f}): "
 VERDICTS = {
@@ -792,7 +806,8 @@ def headline(result):
     needed = np.ceil(gain["cases_needed"]) if verdict == "cannot_tell" else 0
     needed = float(f"{needed:.1e}")  # two digits say what is known
     text = CHOSEN_BY[result.summary["chosen_by"]] + VALUE + VERDICTS[verdict]
-    return result.fill(text, needed=needed)
+    luck = "T" if result.choice.fixed else "Corrected for the luck of the choice, t"
+    return result.fill(text, needed=needed, luck=luck)
 
 
 def tell_choice(result):
@@ -961,6 +976,9 @@ def hold_out(cells, share, seed):
         first = round(np.clip(share * len(cells), 1, len(cells) - 1))
         return cells[order[first:]].sum(0), cells[order[:first]].sum(0)
     totals = cells.sum(-1)
+    if totals.max() >= 10**9:  # too many for the draw below, and for the difference to matter
+        scoring = rng.binomial(cells, share)
+        return cells - scoring, scoring
     sizes = np.clip(np.round(totals * share), 1, totals - 1).astype(int)
     draw = rng.multivariate_hypergeometric
     # From which cells such a split takes its cases is a multivariate hypergeometric draw.
@@ -1432,6 +1450,8 @@ def check_arguments(a, default):
     limited = any(getattr(a, name) is not None for name in LIMITS)
     needs["confidence"] = limited, "without a limit, such as --min-precision"
     needs["threshold"] = not a.test, "beside --test"
+    chosen = a.threshold is None and a.test is None and a.confidence is None
+    needs["holdout"] = chosen, "beside --threshold, --test or --confidence"
     for name in (name for name in vars(a) if getattr(a, name) != default(name)):
         useful, where = needs.get(name, (True, ""))
         if not useful:

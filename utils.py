@@ -442,7 +442,7 @@ FOREIGN = {  # how files of other kinds begin, what they are, and what exports t
     b"{": ("a JSON file", "pandas' to_csv"),
 }
 UTF_16 = (b"\xff\xfe", b"\xfe\xff")  # the marks it begins with
-MISSING = ("", "nan", "na", "null")  # as a label
+MISSING = ("", "nan", "na", "n/a", "#n/a", "<na>", "null", "\\n", "?")  # as a label
 
 
 class Cases(NamedTuple):
@@ -521,7 +521,7 @@ def read_scores(path, label=None, score=None, positive=None, count=None, group=N
     counts = _find_counts(table, count) if count else None
     labels = _find_positives(table, label, positive, counts)
     scores = _find_scores(table, score, unit)
-    groups = np.unique(table.columns[group], return_inverse=True)[1] if group else None
+    groups = _find_groups(table, group) if group else None
     held = slice(None) if counts is None else counts > 0
     some = [array if array is None else array[held] for array in (labels, scores, counts, groups)]
     return Cases(*some, remark)
@@ -611,9 +611,9 @@ def _find_columns(table, label, score, others):
     columns, usual = table.columns, {"y_true", "y_score"}
     if not (label or score or usual <= {*columns}):
         kinds = {name: _kind(table, name) for name in columns if name not in others}
-        ranked = sorted(kinds, key=lambda name: KINDS.index(kinds[name]))
-        labels = [name for name in ranked if kinds[name] == kinds[ranked[0]] != "numbers"]
-        scores = [name for name in ranked if "numbers" in kinds[name] and name not in labels]
+        labels = [name for name in kinds if kinds[name] in ("0 and 1", "two words")]
+        labels = labels or [name for name in kinds if kinds[name] == "two numbers"]
+        scores = [name for name in kinds if "numbers" in kinds[name] and name not in labels]
         if len(labels) == len(scores) == 1:
             remark = f"Labels are taken from {labels[0]}, scores from {scores[0]}."
             return labels[0], scores[0], remark
@@ -626,9 +626,6 @@ def _find_columns(table, label, score, others):
                 "and --score-column"
             )
     return label, score, ""
-
-
-KINDS = "0 and 1", "two words", "two numbers", "numbers", "words"
 
 
 def _kind(table, name):
@@ -659,6 +656,12 @@ def _find_counts(table, name):
     bad = ~((counts >= 0) & (counts == np.floor(counts)) & (counts < 2**53))
     table.refuse(bad, f"no whole number of cases in {name}", text, "round or remove them")
     return counts.astype(np.int64)
+
+
+def _find_groups(table, name):
+    values = np.array([str(value).strip() for value in np.ravel(table.columns[name]).tolist()])
+    table.refuse(np.isin(np.char.lower(values), MISSING), f"no group in {name}", values, "name it")
+    return np.unique(values, return_inverse=True)[1]
 
 
 def _find_positives(table, name, positive, counts):

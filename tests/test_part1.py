@@ -1301,3 +1301,34 @@ def test_what_cannot_be_promised_is_refused(tmp_path, capsys, arguments):
     options = ["--min-precision", 0.9, "--confidence", 0.9, *arguments.split()]
     assert arguments.split()[0] in assert_refused(tmp_path, capsys, *options)
     assert "limit" in assert_refused(tmp_path, capsys, "--confidence", 0.9)
+
+
+def test_a_given_threshold_needs_no_search_and_no_limit_is_kept_by_it(tmp_path):
+    """Precision 0.9 is out of reach here, but 0.5 can be judged."""
+    labels, scores = np.arange(60) % 2 == 0, np.linspace(0.2, 0.8, 60)
+    path = write_npz(tmp_path / "s.npz", labels, scores)
+    options = ["--threshold", 0.5, "--min-precision", 0.9]
+    summary = run(tmp_path / "out", "--scores", path, *options)[0]
+    assert summary["best"]["threshold"] == 0.5 and summary["chosen_by"] == "given"
+
+
+def test_a_table_without_one_half_has_no_default(tmp_path):
+    labels, scores = sample(300)
+    logits = write_npz(tmp_path / "a.npz", labels, 6 * scores - 3)
+    later = write_npz(tmp_path / "b.npz", labels, scores)
+    summary = run(tmp_path / "out", "--scores", logits, "--test", later, "--exact")[0]
+    assert summary["default"] is None and summary["gain"] is None
+
+
+def test_counts_of_billions_are_held_out_too(tmp_path):
+    path = tmp_path / "c.csv"
+    rows = [f"{i % 2},{(i % 97) / 97 + 0.001:.4f},{10_000_000}" for i in range(400)]
+    path.write_text("\n".join(["y_true,y_score,n", *rows]))
+    summary = run(tmp_path / "out", "--scores", path, "--count-column", "n")[0]
+    assert summary["n"] == 4 * 10**9
+    assert summary["holdout"]["value"] == pytest.approx(summary["best"]["value"], abs=0.01)
+
+
+def test_holdout_is_refused_where_nothing_is_held_out(tmp_path, capsys):
+    line = assert_refused(tmp_path, capsys, "--threshold", 0.5, "--holdout", 0.2)
+    assert "--holdout has no effect" in line

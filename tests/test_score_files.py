@@ -419,7 +419,7 @@ def random_npz(rng):
             {"y_score": bad}, {"y_true": strange}, {"y_true": labels * 0}, {"y_score": scores[1:]},
             {"y_score": scores[None]}, {"y_score": scores + 1j},
             {"y_true": labels[:0], "y_score": scores[:0]}, {"y_score": np.array(0.5)},
-            {"y_true": np.array([Hostile()] * len(labels))},
+            {"y_true": np.array([Hostile("marker")] * len(labels))},
             {"y_score": np.array(list(scores), dtype=object)},
         ])  # fmt: skip
         return as_npz(**good | other), False
@@ -450,3 +450,23 @@ def test_damaged_npz_files(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     fuzz_scores("npz", 130, random_npz, read_npz, tmp_path, capsys)
     assert not (tmp_path / "marker").exists()
+
+
+def test_a_column_of_predictions_is_not_taken_for_the_labels(tmp_path, capsys):
+    path = tmp_path / "p.csv"
+    rows = [f"{'sick' if i % 3 else 'well'},{i % 2},{i / 50:.2f}" for i in range(50)]
+    path.write_text("\n".join(["outcome,pred,score", *rows]))
+    assert part1.main(["--scores", str(path), "--output-dir", str(tmp_path / "out")]) == 2
+    assert "--label-column" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("missing", ["N/A", "#N/A", "<NA>", "\\N", "?", "null"])
+def test_missing_labels_and_groups_are_not_cases(tmp_path, capsys, missing):
+    for column in ("y_true", "day"):
+        path = tmp_path / f"{column}.csv"
+        rows = [f"{i % 2},{i / 50:.2f},{i % 25}" for i in range(49)]
+        rows.append(f"{missing},0.5,1" if column == "y_true" else f"1,0.5,{missing}")
+        path.write_text("\n".join(["y_true,y_score,day", *rows]))
+        options = ["--positive", "1", "--group-column", "day", "--output-dir", str(tmp_path / "o")]
+        assert part1.main(["--scores", str(path), *options]) == 2
+        assert "line 51" in capsys.readouterr().err
