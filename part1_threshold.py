@@ -169,9 +169,8 @@ def analyse(
         "suggestion": suggest_limit(table, found["best"], objective, error),
     }
     bars = every.at(score_edges(every, best_row.threshold, cases.scores.dtype))
-    curve = every[np.unique(np.linspace(0, every.threshold.size - 1, 2000).astype(int))]
     shape = reliability(every, seed)
-    return Result(cases, choice, curve, bars, columns, shape, drawn["bands"], summary)
+    return Result(cases, choice, thinned(every), bars, columns, shape, drawn["bands"], summary)
 
 
 def narrate(result):
@@ -571,6 +570,13 @@ def judge_ranking(every, groups=None):
     return "right" if above > 0 else "reversed"
 
 
+def thinned(every, points=1000):
+    """The counts at so many scores spread over all cases, and over the positives."""
+    even = np.linspace(0, every.threshold.size - 1, points).astype(int)
+    of_positives = np.searchsorted(-every.tp, -np.linspace(every.pos, 0, points), side="right") - 1
+    return every[np.union1d(even, of_positives)]
+
+
 def score_edges(every, chosen, dtype):
     """Sixty-one evenly spaced scores from the lowest to the highest, and the chosen threshold."""
     low, high = every.threshold[[0, -1]]
@@ -704,8 +710,8 @@ def cases_needed(table, objective):
     for factor in 1.25 ** np.arange(1, 40):
         more = {key: factor * getattr(table, key) for key in ("tp", "fp", "pos", "neg")}
         if np.any(promised(replace(table, **more), objective)):
-            return f"give roughly {float(f'{factor * table.n:.1e}'):,.0f} cases like these"
-    return "more cases like these would not"
+            return f"give at least {float(f'{factor * table.n:.1e}'):,.0f} cases like these"
+    return "cases like these may never do"
 
 
 def range_around(chosen, values, loss, threshold):
@@ -1292,6 +1298,8 @@ def plot_metrics(plt, result):
     points = dict.fromkeys(CURVES, result.summary["best"])
     title = "From {near_optimal[low]:t} to {near_optimal[high]:t}, {name} is within "
     title += "{small_loss:.3g} of its best" + " within the limits" * bool(result.objective.limits)
+    if result.choice.fixed:
+        title = "At {best[threshold]:t}, {best[precision]:.1%} of the alerts are right"
     return plot_thresholds(plt, result, points, result.fill(title))
 
 
@@ -1388,24 +1396,20 @@ def parse_arguments(argv):
     """The options; --help shows them with their defaults."""
     how = {"formatter_class": argparse.ArgumentDefaultsHelpFormatter, "allow_abbrev": False}
     parser = utils.Parser(description="Find the best threshold of a binary classifier.", **how)
-    number, share = utils.number, utils.number(0, 1, "()")
+    number, share, path = utils.number, utils.number(0, 1, "()"), utils.user_path
     add = parser.add_argument_group("simulated scores").add_argument
     add("--scenario", choices=SCENARIOS, default="balanced", help="score distributions")
     add("--n-samples", type=utils.integer(2), default=10_000, help="number of cases")
     add("--positive-rate", type=share, default=0.3, help="share of positives")
     add = parser.add_argument_group("your own scores").add_argument
-    add(
-        "--scores",
-        type=utils.user_path,
-        help="CSV (also .gz, .bz2, .xz), NPZ or NPY file; - is the input",
-    )
+    add("--scores", type=path, help="CSV (also .gz, .bz2, .xz), NPZ or NPY file; - is the input")
     add("--label-column", help="column or array of the labels, else y_true or found by values")
     add("--score-column", help="column or array of the scores, else y_score or found by values")
     add("--positive", help="label that is positive; every other one is negative")
     add("--lower-is-positive", action="store_true", help="low scores mean positive")
     add("--count-column", help="how many cases a row stands for")
     add("--group-column", help="person, place or day; cases of one are resampled together")
-    add("--test", type=utils.user_path, help="judge the choice on the cases of another file")
+    add("--test", type=path, help="judge the choice on the cases of another file")
     add = parser.add_argument_group("what is best").add_argument
     add("--metric", type=metric_name, choices=METRICS, default="f1", help="what to optimise")
     add("--beta", type=number(0, 1000, "(]"), default=2.0, help="weight of recall in f_beta")
@@ -1421,7 +1425,7 @@ def parse_arguments(argv):
     add = parser.add_argument_group("run").add_argument
     add("--holdout", type=share, default=0.5, help="share of cases that scores the choice")
     add("--seed", type=utils.integer(0, 2**128), default=42, help="of simulation and resampling")
-    add("--output-dir", type=utils.user_path, default=Path("outputs/part1"), help="where to write")
+    add("--output-dir", type=path, default=Path("outputs/part1"), help="where to write")
     add("--show", action="store_true", help="also show the plots in windows")
     arguments = parser.parse_args(argv)
     check_arguments(arguments, parser.get_default)

@@ -1290,7 +1290,7 @@ def test_a_promise_is_a_choice_or_a_number_of_cases(tmp_path, capsys):
     assert summary["confidence"] == 0.9 and "break a limit in at most 10%" in printed(capsys)
     options[1] = 60
     error = assert_refused(tmp_path, capsys, *options)
-    needed = int(re.search(r"roughly ([\d,]+) cases", error)[1].replace(",", ""))
+    needed = int(re.search(r"at least ([\d,]+) cases", error)[1].replace(",", ""))
     assert 60 < needed < 1000
 
 
