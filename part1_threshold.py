@@ -1444,11 +1444,13 @@ def option(name):
 
 
 OF_FILES = "label_column score_column positive lower_is_positive count_column group_column test"
+OF_SIMULATION = "scenario n_samples positive_rate"
 
 
 def check_arguments(a, default):
     """Refuse options that contradict each other or have no effect."""
     needs = dict.fromkeys(OF_FILES.split(), (a.scores, "without --scores"))
+    needs |= dict.fromkeys(OF_SIMULATION.split(), (not a.scores, "beside --scores"))
     needs |= dict.fromkeys(["fp_cost", "fn_cost"], (a.metric == "cost", "without --metric cost"))
     needs["beta"] = a.metric == "f_beta", "without --metric f_beta"
     limited = any(getattr(a, name) is not None for name in LIMITS)

@@ -438,6 +438,7 @@ FOREIGN = {  # how files of other kinds begin, what they are, and what exports t
     b"\x80": ("a pickle, which could run any program", "pandas' to_csv"),
     b"\xd0\xcf\x11\xe0": ("an Excel file", "its menu: Save as CSV"),
     b"PK\x03\x04": ("an Excel file or another archive", "its menu: Save as CSV"),
+    b"\x1f\x8b": ("a gzip file", "gzip -d"),
     b"[": ("a JSON file", "pandas' to_csv"),
     b"{": ("a JSON file", "pandas' to_csv"),
 }
@@ -549,6 +550,8 @@ def _read_table(path):
 
 def _open(path):
     if str(path) == "-":
+        if sys.stdin is None:
+            raise UserError("standard input is closed: name a file instead of -")
         return io.BytesIO(sys.stdin.buffer.read())
     return OPENERS.get(Path(path).suffix.lower(), open)(path, "rb")
 

@@ -1332,3 +1332,12 @@ def test_counts_of_billions_are_held_out_too(tmp_path):
 def test_holdout_is_refused_where_nothing_is_held_out(tmp_path, capsys):
     line = assert_refused(tmp_path, capsys, "--threshold", 0.5, "--holdout", 0.2)
     assert "--holdout has no effect" in line
+
+
+@pytest.mark.parametrize(
+    "option", [["--scenario", "calibrated"], ["--n-samples", 99], ["--positive-rate", 0.2]]
+)
+def test_options_of_the_simulation_are_refused_beside_a_file(tmp_path, capsys, option):
+    path = write_npz(tmp_path / "a.npz", *sample(300))
+    line = assert_refused(tmp_path, capsys, "--scores", path, *option)
+    assert f"{option[0]} has no effect beside --scores" in line

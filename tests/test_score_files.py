@@ -171,6 +171,7 @@ BAD = {  # case: content of a CSV or NPZ file, further arguments, what the error
     "JSON": ("json", b'[{"y_true": 1, "y_score": 0.3}]', [], ["JSON", "export", "CSV"]),
     "JSON lines": ("jsonl", b'{"y_true": 1, "y_score": 0.3}\n', [], ["JSON", "export"]),
     "a pickle": ("pkl", pickle.dumps([1, 0]), [], ["pickle", "export", "CSV"]),
+    "gzip unnamed": ("csv", gzip.compress(ROWS), [], ["gzip", "gzip -d"]),
     "not compressed": ("csv.gz", ROWS, [], ["cannot read"]),
     "cut off": ("csv.gz", gzip.compress(ROWS * 50)[:-20], [], ["cannot read"]),
     "not compressed xz": ("csv.xz", ROWS, [], ["cannot read"]),
@@ -221,6 +222,13 @@ def test_standard_input_is_read(tmp_path, monkeypatch, data):
     assert part1.main(["--scores", "-", "--output-dir", str(tmp_path)]) == 0
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert (summary["n"], summary["n_positive"], summary["roc_auc"]) == (4, 2, 1)
+
+
+def test_a_closed_input_is_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", None)
+    assert part1.main(["--scores", "-", "--output-dir", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert "closed" in error and error.count("\n") == 1
 
 
 def test_columns_that_nobody_named_are_named(tmp_path, capsys):
