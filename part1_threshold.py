@@ -830,7 +830,9 @@ def tell_choice(result):
     if metric == "cost":
         useless = min(summary[rule]["value"] for rule in ("everybody", "nobody"))
         value, n = summary["best"]["value"], summary["n"]
-        than = f"{abs(1 - ratio(value, useless)):.0%} {'more' if value > useless else 'less'} than"
+        share = f"{abs(1 - value / useless):.0%} " if useless else ""
+        than = f"{share}{'more' if value > useless else 'less'} than"
+        than = "about as much as" if abs(value - useless) <= 0.005 * useless else than
         yield f"The best threshold costs {value * n:,.6g} in all, {than} the cheaper of those two."
     if metric == "net_benefit":
         yield "Net benefit compares models, not thresholds: each weighs the errors differently."

@@ -560,10 +560,12 @@ def _read_csv(path, file, encoding):
     rows, lines = [], []
     try:
         text = io.TextIOWrapper(file, encoding, newline="")
-        first = next(text, "")
-        mark = max(",;\t|", key=first.count)
-        reader = csv.reader(itertools.chain([first], text), strict=True, delimiter=mark)
-        header = [name.strip() for name in next(reader, [])]
+        top = [next(text, "")]
+        while top[-1] in ("\n", "\r\n"):  # blank lines above the header
+            top.append(next(text, ""))
+        mark = max(",;\t|", key=top[-1].count)
+        reader = csv.reader(itertools.chain(top, text), strict=True, delimiter=mark)
+        header = [name.strip() for name in next(filter(None, reader), [])]
         for row in filter(None, reader):
             rows.append(row)
             lines.append(reader.line_num)

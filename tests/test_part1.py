@@ -1341,3 +1341,17 @@ def test_options_of_the_simulation_are_refused_beside_a_file(tmp_path, capsys, o
     path = write_npz(tmp_path / "a.npz", *sample(300))
     line = assert_refused(tmp_path, capsys, "--scores", path, *option)
     assert f"{option[0]} has no effect beside --scores" in line
+
+
+@pytest.mark.parametrize("costs", [["--fn-cost", 1e6], ["--fp-cost", 0]])
+def test_a_cost_that_a_simple_rule_matches_is_no_saving(tmp_path, capsys, costs):
+    """Even where that cost is 0."""
+    write_npz(tmp_path / "a.npz", [0, 1] * 400, np.linspace(0, 1, 800))
+    run(tmp_path / "out", "--scores", tmp_path / "a.npz", "--metric", "cost", *costs)
+    told = " ".join(capsys.readouterr().out.split())
+    assert "about as much as the cheaper of those two." in told
+
+
+def test_more_than_a_cost_of_nothing_is_no_percentage(tmp_path, capsys):
+    run(tmp_path, "--metric", "cost", "--fp-cost", 0, "--max-alert-rate", 0.3)
+    assert "in all, more than the cheaper of those two." in capsys.readouterr().out

@@ -51,6 +51,7 @@ GOOD_CSV = {  # case: content, value of --positive
     "byte order mark": (b"\xef\xbb\xbf" + ROWS, None),
     "CRLF": (ROWS.replace(b"\n", b"\r\n"), None),
     "blank lines": (ROWS.replace(b"\n", b"\n\n"), None),
+    "blank lines above": (b"\n\r\n" + ROWS.replace(b",", b"\t"), None),
     "no last newline": (ROWS.rstrip(), None),
     "float labels": (HEAD + b"1.0,0.9\n0.0,0.125\n0.0,0.5\n1.0,0.75\n", None),
     "columns": (b"a,y_score,b,y_true\n,0.9,x,1\n,0.125,x,0\n,0.5,x,0\n,0.75,x,1\n", None),
@@ -158,6 +159,7 @@ BAD = {  # case: content of a CSV or NPZ file, further arguments, what the error
     ),
     "long row": ("csv", HEAD + b"1,0.3\n0,0.2,5\n", [], ["1 row", "line 3"]),
     "above one": ("csv", HEAD + b"1,0.3\n0,1.0000001\n", [], ["1.0000001", "line 3", "--exact"]),
+    "below blank lines": ("csv", b"\n\n" + HEAD + b"1,0.3\n0,x\n", [], ["'x'", "line 5"]),
     "late label": (
         "csv",
         HEAD + b"".join(b"%d,0.%d\n" % (i % 2, i) for i in range(1000)) + b"2,0.5\n",
