@@ -855,10 +855,11 @@ def test_narrow_ascii_output_in_a_file_is_whole(tmp_path):
     scores = tmp_path / "scores.csv"
     scores.write_text("caf\u00e9,y_score\n" + "1,0.9\n0,0.2\n1,0.7\n0,0.6\n" * 5, encoding="utf-8")
     options = ["--scores", scores, "--label-column", "caf\u00e9", "--show"]
+    script = [*PART1[:2], "--output-dir"]
     narrow = BARE | {"PYTHONIOENCODING": "ascii", "COLUMNS": "20", "PYTHONUTF8": "1"}
     with open(tmp_path / "log", "wb") as log:
         how = {"stdout": log, "stderr": subprocess.PIPE, "check": False}
-        done = subprocess.run([*PART1, tmp_path / "caf\u00e9", *options], env=narrow, **how)
+        done = subprocess.run([*script, tmp_path / "caf\u00e9", *options], env=narrow, **how)
     assert (done.returncode, done.stderr) == (0, b"")
     text = (tmp_path / "log").read_text("ascii")
     assert "no windows" in text and "caf\\xe9" in text
