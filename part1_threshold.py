@@ -29,7 +29,7 @@ from pathlib import Path
 import numpy as np
 
 import utils
-from utils import BLACK, BLUE, GREEN, ORANGE, PURPLE, RED, SKY, UserError, say, tell
+from utils import BLACK, BLUE, GREEN, ORANGE, PURPLE, RED, SKY, UserError, option, say, tell
 
 # Division, not a step of 0.01: each value is the float that "0.37" reads as.
 GRID = np.arange(10, 91) / 100
@@ -48,7 +48,7 @@ def main(argv=None):
     """Read or simulate scores, find the best threshold, tell the story, save and draw it."""
     a = parse_arguments(argv)
     if a.scores:
-        cases, source, scenario = read(a.scores, a), named(a.test or a.scores), None
+        cases, source, scenario = read(a.scores, a), utils.named(a.test or a.scores), None
     else:
         if a.n_samples > 500_000:
             say(f"Simulating and writing {a.n_samples:,} cases, which can take a while.")
@@ -219,15 +219,10 @@ def simulate_scores(n, positive_rate, scenario, seed):
     return labels, 1 / (1 + np.exp(-logits))
 
 
-def named(path):
-    """A file as the console calls it."""
-    return "standard input" if str(path) == "-" else str(path)
-
-
 def read(path, a):
     """The cases of a file, as the options name its columns."""
     if str(path) == "-" or (path.is_file() and path.stat().st_size > 10e6):
-        say(f"Reading {named(path)}, which can take a while.")
+        say(f"Reading {utils.named(path)}, which can take a while.")
     columns = a.label_column, a.score_column, a.positive, a.count_column, a.group_column
     cases = utils.read_scores(path, *columns, unit=not (a.exact or a.lower_is_positive))
     return cases._replace(scores=-cases.scores) if a.lower_is_positive else cases
@@ -379,10 +374,10 @@ def lay_table(every, optimum, dtype, objective):
     if objective.confidence:  # which may depend on the scores, but not on their labels
         alerts = every.tp + every.fp
         wanted = np.geomspace(1, every.n, GRID.size).round()
-        rows = np.searchsorted(-alerts, -wanted, side="right") - 1
+        rows = last_reaching(wanted, alerts)
         rows = np.unique(np.append(rows, every.threshold.size - 1))  # and that of nobody
         return "extended", table.joined(shortened(every, rows, dtype))
-    values = eligible(goodness(table, objective), shortfall(table, objective))
+    values = merits(table, objective)
     gain = goodness(every[[optimum]], objective).item() - values.max()
     inside = every.probabilities and GRID[0] <= every.threshold[optimum] <= GRID[-1]
     # Net benefit falls with the threshold itself, so the lowest scores would always be added.
@@ -398,7 +393,12 @@ def lay_table(every, optimum, dtype, objective):
 def quantiles(reaching):
     """Indices of up to 81 distinct scores with equal shares of these cases between them."""
     wanted = reaching[0] * (1 - np.arange(GRID.size) / GRID.size)
-    return np.unique(np.searchsorted(-reaching, -wanted, side="right") - 1)
+    return np.unique(last_reaching(wanted, reaching))
+
+
+def last_reaching(wanted, reaching):
+    """Index of the highest threshold that at least so many cases reach, for each of ``wanted``."""
+    return np.searchsorted(-reaching, -wanted, side="right") - 1
 
 
 def shortened(every, rows, dtype):
@@ -573,7 +573,7 @@ def judge_ranking(every, groups=None):
 def thinned(every, points=1000):
     """The counts at so many scores spread over all cases, and over the positives."""
     even = np.linspace(0, every.threshold.size - 1, points).astype(int)
-    of_positives = np.searchsorted(-every.tp, -np.linspace(every.pos, 0, points), side="right") - 1
+    of_positives = last_reaching(np.linspace(every.pos, 0, points), every.tp)
     return every[np.union1d(even, of_positives)]
 
 
@@ -644,6 +644,11 @@ def eligible(good, missing):
     return np.where((missing > 0) | np.isnan(good), -np.inf, good)
 
 
+def merits(counts, objective, allowed=True):
+    """What a choice maximises: `eligible` goodness, where it is ``allowed``; shape (..., T)."""
+    return eligible(goodness(counts, objective), shortfall(counts, objective) + ~np.array(allowed))
+
+
 def middle_best(values):
     """Index of the best along the last axis; of equally good ones, the middle one."""
     tied = (values >= values.max(-1, keepdims=True) - TOLERANCE).cumsum(-1)
@@ -652,12 +657,12 @@ def middle_best(values):
 
 def find_best(counts, objective, allowed=True):
     """Index of the best threshold within the limits; if none is, an error names the closest."""
-    good, missing = goodness(counts, objective), shortfall(counts, objective)
-    values = eligible(good, missing + ~np.array(allowed))
+    values = merits(counts, objective, allowed)
     if np.isfinite(values).any():
         return middle_best(values)
-    if np.isnan(good).all():
+    if np.isnan(goodness(counts, objective)).all():
         raise UserError(f"{objective.metric} has no value at these scores: give another --metric")
+    missing = shortfall(counts, objective)
     given = [f"{option(name)} {limit:g}" for name, limit in objective.limits.items()]
     if objective.confidence and missing.min() == 0:
         raise UserError(
@@ -902,8 +907,7 @@ def draw(choice, *cuts):
     drawn = table.redrawn(weights)
     if choice.fixed:
         return drawn, np.full(REPLICATES, choice.chosen)
-    missing = shortfall(drawn, choice.objective) + ~np.array(choice.allowed)
-    values = eligible(goodness(drawn, choice.objective), missing)
+    values = merits(drawn, choice.objective, choice.allowed)
     return drawn, np.where(values.max(-1) > -np.inf, middle_best(values), choice.chosen)
 
 
@@ -1007,7 +1011,7 @@ def check_holdout(choice, share):
     if min(part.sum(-1).min() for part in parts) == 0:
         return None
     choosing, scoring = (table.redrawn(part) for part in parts)
-    values = eligible(goodness(choosing, objective), shortfall(choosing, objective))
+    values = merits(choosing, objective)
     chosen, good = middle_best(values), goodness(scoring, objective)
     if not np.isfinite(values[chosen]):
         return None
@@ -1182,7 +1186,7 @@ def other_balances(table, objective):
     default, rows = table.half, []
     for share in BALANCES:
         good = goodness(table, replace(objective, prevalence=share))
-        best = middle_best(np.where(np.isnan(good), -np.inf, good))
+        best = middle_best(eligible(good, 0))
         value = objective.sign * good + 0.0  # no -0.0
         found = {"prevalence": share, "threshold": objective.orient * table.threshold[best] + 0.0}
         plain = None if default is None else value[default]
@@ -1375,9 +1379,8 @@ def plot_reliability(plt, result):
     title = "As probabilities, the scores are off by {calibration[ece]:.3f} on average"
     axes.set(ylabel="share of positives", title=result.fill(title))
     cases = result.bars.cells().sum(0)[1:-1]
-    below.stairs(
-        cases / np.diff(result.bars.threshold), result.bars.threshold, fill=True, color=SKY
-    )
+    edges = result.bars.threshold
+    below.stairs(cases / np.diff(edges), edges, fill=True, color=SKY)
     below.set_yticks([])
     below.set(xlabel="score", ylabel="cases", xlim=(0, 1))
     return figure
@@ -1438,11 +1441,6 @@ def parse_arguments(argv):
 def metric_name(text):
     """The key of a metric, of which the console shows the name."""
     return {m.name.lower(): key for key, m in METRICS.items()}.get(text.lower(), text.lower())
-
-
-def option(name):
-    """The option that an argument was given by."""
-    return f"--{name.replace('_', '-')}"
 
 
 OF_FILES = "label_column score_column positive lower_is_positive count_column group_column test"

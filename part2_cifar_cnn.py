@@ -34,9 +34,8 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from functools import lru_cache
 from pathlib import Path
 
-if __name__ == "__main__" and not hasattr(
-    sys, "ps1"
-):  # not as a notebook's cells; torch takes seconds to import: meanwhile Ctrl-C just ends it
+if __name__ == "__main__" and not hasattr(sys, "ps1"):  # not as a notebook's cells
+    # torch takes seconds to import: meanwhile Ctrl-C just ends it
     on_ctrl_c = signal.getsignal(signal.SIGINT)
     signal.signal(signal.SIGINT, on_ctrl_c if on_ctrl_c == signal.SIG_IGN else signal.SIG_DFL)
 
@@ -577,9 +576,8 @@ def crop_and_flip(images, index, top, left, mirrored, fill="black"):
     height, width = images.shape[1:3]
     rows = torch.arange(height, device=images.device) + top[:, None]  # (b, h)
     columns = torch.arange(width, device=images.device)
-    columns = (
-        torch.where(mirrored[:, None] > 0, columns.flip(0), columns) + left[:, None]
-    )  # (b, w)
+    columns = torch.where(mirrored[:, None] > 0, columns.flip(0), columns)  # (b, w)
+    columns = columns + left[:, None]
     if fill == "reflect":
         rows = height - 1 - (height - 1 - rows.abs()).abs()
         columns = width - 1 - (width - 1 - columns.abs()).abs()
@@ -949,10 +947,8 @@ def suggestions(networks, most=10):
     mine, others = [], []
     try:
         for row in utils.read_csv(GAINS):
-            row["points"], flags = (
-                float(row["points"]),
-                row["flags"].removeprefix("--").split(" --"),
-            )
+            row["points"] = float(row["points"])
+            flags = row["flags"].removeprefix("--").split(" --")
             (mine if used.issuperset(flags) else others).append(row)
     except (UserError, KeyError, ValueError) as error:  # the results are not yet saved
         tell(f"No suggestions: {GAINS} is not the table of gains ({error}).")
@@ -1049,10 +1045,8 @@ def save(training, folder):
 
     last.pt holds the network too, so that `restore` can write a best.pt that is missing.
     """
-    history, about = (
-        training.history,
-        {"machine": utils.describe_machine(training.settings.device)},
-    )
+    history = training.history
+    about = {"machine": utils.describe_machine(training.settings.device)}
     stale = ["metrics.json", "test_scores.csv", *[f"{name}.png" for name in FIGURES]]
     stale += ["best.pt", "last.pt"] * (len(history) == 1)  # of a run that this one replaces
     for name in stale:
@@ -1391,7 +1385,7 @@ def parse_arguments(argv):
     for option in fields(Settings):
         how = {key: value for key, value in option.metadata.items() if key != "augment"}
         how["help"] += f" (default: {option.default})"
-        parser.add_argument(f"--{option.name.replace('_', '-')}", default=argparse.SUPPRESS, **how)
+        parser.add_argument(utils.option(option.name), default=argparse.SUPPRESS, **how)
     add, path = parser.add_argument, {"type": utils.user_path}
     add("--data-dir", **path, default=Path("data"), help="folder of CIFAR-10 (default: data)")
     text = "where to write (default: outputs/part2, with the preset, data set and seed if changed)"
@@ -1413,7 +1407,7 @@ def parse_arguments(argv):
 
 def flags_text(change):
     """Settings as they are typed."""
-    return " ".join(f"--{key.replace('_', '-')} {value}" for key, value in change.items())
+    return " ".join(f"{utils.option(key)} {value}" for key, value in change.items())
 
 
 def run_folder(a, settings):

@@ -119,6 +119,11 @@ def number(low, high=math.inf, ends="[]", kind=float):
     return parse
 
 
+def option(name):
+    """The option that an argument was given by."""
+    return f"--{name.replace('_', '-')}"
+
+
 def integer(low, high=10**9):
     """Argparse type: a whole number from ``low`` to ``high``."""
     return number(low, high, kind=int)
@@ -528,8 +533,13 @@ def read_scores(path, label=None, score=None, positive=None, count=None, group=N
     return Cases(*some, remark)
 
 
+def named(path):
+    """A file as the console calls it."""
+    return "standard input" if str(path) == "-" else str(path)
+
+
 def _read_table(path):
-    name = "standard input" if str(path) == "-" else str(path)
+    name = named(path)
     suffix = Path(path).suffix.lower()
     try:
         with _open(path) as file:

@@ -22,6 +22,15 @@ def read_table(path):
         return list(csv.DictReader(file))
 
 
+def rounded(value):
+    """A nested value with its floats rounded: sums in another order differ in the last digit."""
+    if isinstance(value, dict):
+        return {key: rounded(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [rounded(item) for item in value]
+    return round(value, 9) if isinstance(value, float) else value
+
+
 def contents(folder):
     """The bytes of each file in a folder, by name."""
     return {path.name: path.read_bytes() for path in folder.iterdir()}

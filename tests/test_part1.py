@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import rounded
 from numpy.testing import assert_allclose, assert_array_equal
 from scipy import stats
 from sklearn import metrics as sk
@@ -898,20 +899,11 @@ def test_a_metric_and_a_figure_are_one_entry_each(tmp_path, monkeypatch):
     assert {path.name for path in tmp_path.glob("*.png")} == {"07_scores.png", "04.png"}
 
 
-def numbers(value):
-    """A nested value with its floats rounded, so that another machine's equals it."""
-    if isinstance(value, dict):
-        return {key: numbers(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [numbers(item) for item in value]
-    return round(value, 9) if isinstance(value, float) else value
-
-
 def test_the_committed_outputs_and_the_first_lines_are_those_of_the_default_run(default_run):
     """The file opens with the threshold, values and area that summary.json has."""
     committed, table = results(ROOT / "outputs/part1")
     summary, expected = results(default_run[0])
-    assert numbers(committed) == numbers(summary)
+    assert rounded(committed) == rounded(summary)
     assert_allclose(table.tolist(), expected.tolist(), rtol=1e-9)
     best, text = committed["best"], " ".join(part1.__doc__.split())
     low, high = best["value_interval"]

@@ -18,7 +18,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from helpers import Hostile, damaged_bytes
+from helpers import Hostile, damaged_bytes, rounded
 from numpy.testing import assert_array_equal
 from sklearn import metrics as sk
 
@@ -259,7 +259,7 @@ def test_a_row_that_counts_n_times_equals_n_rows(tmp_path):
         assert part1.main(["--scores", str(tmp_path / f"{name}.npz"), *more, *out]) == 0
         summary = json.loads((tmp_path / name / "summary.json").read_text())
         found.append(summary | {"source": ""})
-    assert simplify(found[0]) == simplify(found[1])
+    assert rounded(found[0]) == rounded(found[1])
 
 
 GROUP_BY = """
@@ -287,16 +287,7 @@ def test_a_database_can_do_the_counting(tmp_path):
         assert part1.main(["--scores", str(tmp_path / name), *more, "--output-dir", str(out)]) == 0
         found.append(json.loads((out / "summary.json").read_text()) | {"source": ""})
     assert found[0]["n"] == 10_000_000
-    assert simplify(found[0]) == simplify(found[1])
-
-
-def simplify(value):
-    """A nested value with its floats rounded: sums in another order differ in the last digit."""
-    if isinstance(value, dict):
-        return {key: simplify(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [simplify(item) for item in value]
-    return round(value, 9) if isinstance(value, float) else value
+    assert rounded(found[0]) == rounded(found[1])
 
 
 def table(rng):
