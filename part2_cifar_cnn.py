@@ -168,7 +168,7 @@ def set_aside(data, select_on):
 # %% 2. The network
 
 
-def small(dropout):
+def small(dropout, classes):
     """Build the baseline; pooling first leaves a quarter of the work to BatchNorm and ReLU."""
     return nn.Sequential(  # (b, 3, 32, 32)
         nn.Conv2d(3, 32, 3, padding=1),
@@ -183,17 +183,22 @@ def small(dropout):
         nn.Linear(4096, 64),
         nn.ReLU(),
         nn.Dropout(dropout),
-        nn.Linear(64, 10),  # (b, 10)
+        nn.Linear(64, classes),  # (b, classes)
     )
 
 
 def build_model(config):
     """Build the network that a checkpoint's ``config`` describes, with random weights.
 
-    It maps normalised images, float (b, 3, 32, 32), to logits (b, 10); of ``config`` it needs
-    ``model``, a key of `MODELS`, and ``dropout``, in [0, 1).
+    It maps normalised images, float (b, 3, 32, 32), to logits (b, classes); of ``config`` it needs
+    ``model``, a key of `MODELS`, ``dropout``, in [0, 1), and ``classes``, their number (10).
     """
-    return MODELS[config["model"]](config["dropout"])
+    return MODELS[config["model"]](config["dropout"], config.get("classes", 10))
+
+
+def config_of(settings, classes):
+    """What config.json and checkpoints hold: the settings, and how many classes there are."""
+    return asdict(settings) | {"classes": len(classes)}
 
 
 # %% 3. Training: batches
@@ -240,7 +245,7 @@ class Training:
     def __init__(self, settings, data):
         self.settings, self.data = settings, data
         torch.manual_seed(derive_seed(settings.seed, WEIGHTS))
-        self.model = build_model(asdict(settings))
+        self.model = build_model(config_of(settings, data.classes))
         if settings.model in WHITENED:
             first = data.train.images[:5000].cpu()
             whiten(self.model[0], normalise(first, data.mean, data.std))
@@ -470,7 +475,9 @@ CIFAR10_STD = (0.24703, 0.24349, 0.26159)
 
 
 def find_data(name, folder):
-    """CIFAR-10 or the digits; "auto" falls back to the digits with a banner."""
+    """CIFAR-10, the digits or own pictures; "auto" falls back to the digits with a banner."""
+    if name not in DATASETS:
+        return load_folder(Path(name))
     if name == "digits":
         return load_digits()
     try:
@@ -513,19 +520,59 @@ def read_cifar10(folder):
 def load_digits():
     """Scikit-learn's 1,797 handwritten digits, enlarged to 32x32 RGB; a fifth tests."""
     from sklearn.datasets import load_digits as load
-    from sklearn.model_selection import train_test_split
 
     bunch = load()
     images = torch.from_numpy(bunch.images).float()[:, None] / 16  # (n, 1, 8, 8) in [0, 1]
     images = F.interpolate(images, size=32, mode="bilinear")
     images = (images * 255).round().to(torch.uint8).expand(-1, 3, -1, -1)
     both = Split(images.permute(0, 2, 3, 1).contiguous(), torch.from_numpy(bunch.target).long())
-    rows = np.arange(len(both))
-    rows = train_test_split(rows, test_size=0.2, stratify=bunch.target, random_state=0)
-    train, test = (both[part] for part in rows)
+    train, test = part_a_fifth(both)
     pixels = train.images.double() / 255
     mean, std = (pixels.mean().item(),) * 3, (pixels.std().item(),) * 3
     return Data("digits", "digits", tuple("0123456789"), mean, std, False, train, test)
+
+
+def part_a_fifth(split):
+    """Part off a fixed, stratified fifth of the images as test images."""
+    from sklearn.model_selection import train_test_split
+
+    rows, labels = np.arange(len(split)), split.labels.numpy()
+    rows = train_test_split(rows, test_size=0.2, stratify=labels, random_state=0)
+    return [split[part] for part in rows]
+
+
+# %% Own pictures
+
+
+def load_folder(folder):
+    """Labelled pictures, train/CLASS/* and test/CLASS/*; without test a fifth of each class."""
+    train, test = (utils.class_files(folder / part) for part in ("train", "test"))
+    if len(train) < 2 or min(map(len, train.values())) < 5:
+        text = "there must be two or more folders, a class each, of five or more pictures"
+        raise UserError(f"{folder / 'train'}: {text}")
+    if test and (list(test) != list(train) or not all(test.values())):
+        text = "there must be pictures of each class that train has, and of no other"
+        raise UserError(f"{folder / 'test'}: {text}")
+    files = [path for part in (train, test) for group in part.values() for path in group]
+    labels = [i for part in (train, test) for i, group in enumerate(part.values()) for _ in group]
+    images, _, bad = zip(*utils.read_pictures(files))
+    if bad := sum(bad, []):
+        text = f"{len(bad):,} of {len(files):,} files are no pictures: replace or delete them"
+        raise UserError(f"{text}: {utils.some_of(bad)}")
+    every, n = Split(torch.cat(images), torch.tensor(labels)), sum(map(len, train.values()))
+    train_split, test_split = (every[:n], every[n:]) if test else part_a_fifth(every)
+    mean, std = channel_statistics(train_split.images)
+    name = folder.name, tuple(train), mean, std
+    return Data(str(folder), *name, True, train_split, test_split)
+
+
+def channel_statistics(images):
+    """Mean and deviation of each channel, of pixels in [0, 1], from counts of the 256 values."""
+    levels = torch.arange(256).double() / 255
+    shares = [torch.bincount(images[..., c].flatten(), minlength=256).double() for c in range(3)]
+    mean = [(n * levels).sum() / n.sum() for n in shares]
+    std = [((n * (levels - m) ** 2).sum() / n.sum()).sqrt() for n, m in zip(shares, mean)]
+    return tuple(m.item() for m in mean), tuple(max(s.item(), 1 / 255) for s in std)
 
 
 # %% Draws and augmentations
@@ -613,7 +660,7 @@ def mix_up(images, targets, alpha, corners, n_classes):
 # %% More networks
 
 
-def tuned(dropout):
+def tuned(dropout, classes):
     """Build two larger convolutions, a gate and no hidden layer: as many parameters as `small`.
 
     The pools overlap; the gate is that of Hu et al. 2018, made of two 1x1 convolutions.
@@ -625,17 +672,17 @@ def tuned(dropout):
     layers += [SqueezeExcitation(192, 48)]
     # Divided by 2 instead of 9: with AdamW, 4.5 times the input learns 4.5 times as fast.
     layers += [nn.AvgPool2d(3, 2, 1, divisor_override=2), nn.Flatten()]  # (b, 192 * 4 * 4)
-    return nn.Sequential(*layers, nn.Dropout(dropout), small_head(3072))
+    return nn.Sequential(*layers, nn.Dropout(dropout), small_head(3072, classes))
 
 
-def small_head(inputs):
+def small_head(inputs, classes):
     """A last layer that starts near zero, so that the first predictions are uniform."""
-    head = nn.Linear(inputs, 10, bias=False)
+    head = nn.Linear(inputs, classes, bias=False)
     nn.init.normal_(head.weight, std=1 / inputs)
     return head
 
 
-def strong(dropout, widths=(64, 256, 256)):
+def strong(dropout, classes, widths=(64, 256, 256)):
     """Build the network of airbench94 (Jordan 2024, arXiv 2404.00498)."""
     layers, before = [nn.Conv2d(3, 24, 2), nn.GELU()], 24  # (b, 24, 31, 31)
     layers[0].weight.requires_grad = False  # its filters are computed from the images
@@ -643,13 +690,13 @@ def strong(dropout, widths=(64, 256, 256)):
         layers += [identity_conv(before, width), nn.MaxPool2d(2), BiasNorm(width), nn.GELU()]
         layers += [identity_conv(width, width), BiasNorm(width), nn.GELU()]
         before = width
-    head = [nn.MaxPool2d(3), nn.Flatten(), nn.Dropout(dropout), small_head(before)]
+    head = [nn.MaxPool2d(3), nn.Flatten(), nn.Dropout(dropout), small_head(before, classes)]
     return nn.Sequential(*layers, *head)
 
 
-def wide(dropout):
+def wide(dropout, classes):
     """Build the network of airbench95: `strong` with more filters."""
-    return strong(dropout, widths=(128, 384, 384))
+    return strong(dropout, classes, widths=(128, 384, 384))
 
 
 def identity_conv(before, width):
@@ -677,11 +724,11 @@ class BiasNorm(nn.BatchNorm2d):
         return F.batch_norm(images, *state, self.training, self.momentum, self.eps)
 
 
-def resnet18(dropout):
+def resnet18(dropout, classes):
     """Build torchvision's ResNet-18 (He et al. 2016) with a stem for small images."""
     from torchvision.models import resnet18 as build
 
-    model = build(num_classes=10)
+    model = build(num_classes=classes)
     model.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
     model.maxpool = nn.Identity()
     model.fc = nn.Sequential(nn.Dropout(dropout), model.fc)
@@ -975,8 +1022,9 @@ def report(result):
         + VERDICTS[metrics["verdict"]]
     )
     say("", "5. Accuracy of each class")
+    wide = max(12, *map(len, data.classes))
     for name, share in sorted(metrics["per_class_accuracy"].items(), key=lambda item: item[1]):
-        say(f"  {name:<12} {share:>7.1%}  {'#' * round(40 * share)}")
+        say(f"  {name:<{wide}} {share:>7.1%}  {'#' * round(40 * share)}")
     say("", "6. What is confused")
     if not metrics["confused_pairs"]:
         say("  Nothing: every test image is classified correctly.")
@@ -1051,7 +1099,8 @@ def save(training, folder):
     stale += ["best.pt", "last.pt"] * (len(history) == 1)  # of a run that this one replaces
     for name in stale:
         (folder / name).unlink(missing_ok=True)
-    utils.write_json(folder / "config.json", asdict(training.settings) | about)
+    config = config_of(training.settings, training.data.classes)
+    utils.write_json(folder / "config.json", config | about)
     columns = {key: [row[key] for row in history] for key in history[0]}
     utils.write_csv(folder / "history.csv", columns)
     about |= contents(training.network)
@@ -1067,7 +1116,8 @@ ABOUT = ("classes", "mean", "std", "mirror", "history")  # of a network, beside 
 def contents(network):
     """What a checkpoint holds of a network, as tensors and plain values."""
     about = {key: getattr(network, key) for key in ABOUT}
-    return {"model": network.model.state_dict(), "config": asdict(network.settings)} | about
+    config = config_of(network.settings, network.classes)
+    return {"model": network.model.state_dict(), "config": config} | about
 
 
 def load_network(path):
@@ -1221,7 +1271,7 @@ def plot_classes(plt, result):
     shares = sorted(result.metrics["per_class_accuracy"].items(), key=lambda item: -item[1])
     (best, _), *_, (worst, _) = shares
     mean = 100 * result.metrics["test_accuracy"]
-    figure, axes = plt.subplots()
+    figure, axes = plt.subplots(figsize=(8, max(5, 0.25 * len(shares))))
     axes.barh([f"{k}  {v:.1%}" for k, v in shares], [100 * v for _, v in shares], color=utils.BLUE)
     axes.axvline(mean, color=utils.RED, ls="--")
     axes.set(
@@ -1238,7 +1288,8 @@ def plot_confusion(plt, result):
     from sklearn.metrics import ConfusionMatrixDisplay
 
     classes, pairs = result.data.classes, result.metrics["confused_pairs"]
-    figure, axes = plt.subplots(figsize=(7.5, 6.5))
+    side = max(6.5, 0.3 * len(classes))  # up to 20 classes there is room for numbers
+    figure, axes = plt.subplots(figsize=(side + 1, side))
     axes.grid(visible=False)
     ConfusionMatrixDisplay.from_predictions(
         result.labels,
@@ -1246,10 +1297,11 @@ def plot_confusion(plt, result):
         labels=range(len(classes)),
         display_labels=classes,
         normalize="true",
+        include_values=len(classes) <= 20,
         values_format=".0%",
         cmap="viridis",
         ax=axes,
-        xticks_rotation=45,
+        xticks_rotation=45 if len(classes) <= 20 else 90,
         text_kw={"fontsize": 8},
     )
     title = f"{result.data.name}: no image is taken for another class"
@@ -1321,6 +1373,15 @@ def flag(default, kind, text, **how):
     return field(default=default, metadata={"help": text, **how})
 
 
+def data_set(text):
+    """Argparse type: the name of a data set, or the whole path of a folder."""
+    path = utils.user_path(text)
+    if text not in DATASETS and not path.is_dir():
+        names = ", ".join(DATASETS)
+        raise argparse.ArgumentTypeError(f"{text!r} is no folder, and none of {names}")
+    return text if text in DATASETS else str(path.resolve())
+
+
 @dataclass(frozen=True)
 class Settings:
     """All that decides the result of a run; each is an option of the same name.
@@ -1329,7 +1390,12 @@ class Settings:
     """
 
     preset: str = flag("baseline", PRESETS, "bundle of options; one given beside it wins")
-    dataset: str = flag("auto", DATASETS, "auto: CIFAR-10, or the digits if it cannot be had")
+    dataset: str = flag(
+        "auto",
+        data_set,
+        "cifar10, digits, auto (CIFAR-10, or the digits if it cannot be had), or a folder of "
+        "pictures, train/CLASS/* and test/CLASS/*",
+    )
     select_on: str = flag(
         "val", CHOSEN, "what chooses the epoch: held-out or test images, or none"
     )
@@ -1413,7 +1479,7 @@ def flags_text(change):
 def run_folder(a, settings):
     """The folder that was named, else one with the names of preset, data set and seed."""
     names = [settings.preset] * (settings.preset != "baseline")
-    names += [settings.dataset] * (settings.dataset == "digits")
+    names += [Path(settings.dataset).name] * (settings.dataset not in ("auto", "cifar10"))
     names += [f"seed{settings.seed}"] * (settings.seed != Settings.seed)
     return a.folder or Path("outputs", "-".join(["part2", *names]))
 
@@ -1471,7 +1537,7 @@ def settings_of(config):
         value = config.get(option.name, option.default)
         if value not in option.metadata.get("choices", [value]):
             raise ValueError(f"{option.name} is {value}")
-    return Settings(**config)
+    return Settings(**{key: value for key, value in config.items() if key != "classes"})
 
 
 if __name__ == "__main__" and not hasattr(sys, "ps1"):

@@ -27,6 +27,7 @@ import textwrap
 import threading
 import time
 import urllib.request
+import warnings
 import zipfile
 import zlib
 from collections import namedtuple
@@ -274,7 +275,7 @@ def write_csv(path, columns):
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(columns)
     writer.writerows(["" if x != x else x for x in row] for row in zip(*values))
-    write_bytes(path, text.getvalue().encode())
+    write_bytes(path, text.getvalue().encode(errors="backslashreplace"))  # a file's odd name
 
 
 def read_csv(path):
@@ -723,6 +724,96 @@ def _number(text, comma):
         return math.nan
 
 
+# %% Pictures
+
+
+def files_in(folder):
+    """Files directly in a folder, by name and without hidden ones."""
+    try:
+        with os.scandir(folder) as entries:
+            names = [e.name for e in entries if not e.name.startswith(".") and not e.is_dir()]
+    except OSError as error:
+        raise UserError(f"cannot look into {folder} ({error.strerror}): name another") from error
+    return [Path(folder, name) for name in sorted(names)]
+
+
+def class_files(folder):
+    """The files of each class: of each folder in ``folder``, by name; none if it is not there."""
+    if not os.path.isdir(folder):
+        return {}
+    names = [name for name in _listed(folder) if not name.startswith(".")]
+    return {name: files_in(folder / name) for name in names if os.path.isdir(folder / name)}
+
+
+def read_picture(file, side=32):
+    """The middle square of a picture, upright and made small, as uint8 (side, side, 3).
+
+    ``file`` is a path or an open binary file of any format, size and mode that Pillow reads; of
+    an animation it is the first frame. Transparent parts become white. Whole or broken numbers
+    instead of bytes are scaled: 65,535, 1 or, if that is more, the largest becomes white.
+    ValueError, in one line, if it is no picture.
+    """
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    try:
+        if isinstance(file, Path) and os.path.exists(file) and not os.path.isfile(file):
+            raise ValueError("it is no regular file")
+        with warnings.catch_warnings(action="ignore"), Image.open(file) as image:
+            image.draft(None, (8 * side, 8 * side))  # of a large JPEG, decode less
+            image = ImageOps.exif_transpose(image)
+            length, (width, height) = min(image.size), image.size
+            left, top = (width - length) // 2, (height - length) // 2
+            image = image.crop((left, top, left + length, top + length))
+            if image.mode.startswith(("I", "F")):
+                values = np.nan_to_num(np.asarray(image, np.float32)).clip(0)
+                white = max(values.max(), 1 if image.mode == "F" else 65_535)
+                image = Image.fromarray((255 / white * values).round().astype(np.uint8))
+            if image.has_transparency_data:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            image = image.convert("RGB").resize((side, side), Image.Resampling.BILINEAR)
+            return np.array(image)
+    except UnidentifiedImageError:
+        raise ValueError("it is no picture") from None
+    except Exception as error:  # a damaged file can raise almost anything
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        raise ValueError(reason.splitlines()[0]) from error
+
+
+def read_pictures(paths, size=500):
+    """Read files in batches, so that many need no more memory than a few.
+
+    Yields
+    ------
+    images : Tensor of uint8, shape (n, 32, 32, 3)
+    good : list of Path
+        The files of these images.
+    bad : list of str
+        Those that are no pictures, each with the reason.
+    """
+    import torch
+
+    shown = time.monotonic()
+    for start in range(0, len(paths), size):
+        images, good, bad = [], [], []
+        for i, path in enumerate(paths[start : start + size], start):
+            try:
+                images.append(read_picture(path))
+                good.append(path)
+            except ValueError as error:
+                bad.append(f"{path} ({error})")
+            if time.monotonic() - shown > 0.5:
+                show_progress(f"  {i:,} of {len(paths):,} files")
+                shown = time.monotonic()
+        show_progress("")
+        yield torch.from_numpy(np.array(images, np.uint8).reshape(-1, 32, 32, 3)), good, bad
+
+
+def some_of(items, most=10):
+    """The first few, in words."""
+    return ", ".join(items[:most]) + f" and {len(items) - most:,} more" * (len(items) > most)
+
+
 # %% Plots
 
 # Okabe and Ito's colours can be told apart with every kind of colour vision.
@@ -742,6 +833,7 @@ STYLE = {
     "axes.spines.right": False,
     "grid.color": "#E5E5E5",
     "legend.frameon": False,
+    "text.parse_math": False,  # a $ in the name of a class or a file is just a $
 }
 
 

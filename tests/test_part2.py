@@ -826,8 +826,8 @@ QUICK = ["--dataset", "digits", "--epochs", "1", "--precision", "float32", "--ou
 
 
 def test_a_new_network_is_one_function_and_one_entry(quick, monkeypatch, tmp_path):
-    def linear(dropout):
-        return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3072, 10))
+    def linear(dropout, classes):
+        return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3072, classes))
 
     monkeypatch.setitem(part2.MODELS, "linear", linear)
     assert part2.main([*QUICK, str(tmp_path), "--model", "linear"]) == 0

@@ -1,0 +1,276 @@
+"""What was trained, used: own pictures, own data sets, exports, versions."""
+
+import io
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import contents, error_line, network_of, read_table
+from PIL import Image
+
+import part2_cifar_cnn as part2
+import utils
+
+SHADES = {"dark": 30, "grey": 128, "light, $_{$": 220}  # names that CSV and plots must bear
+
+
+def picture(shade, rng, size=(40, 50)):
+    """A noisy picture around a shade of grey."""
+    pixels = rng.normal(shade, 20, (*size[::-1], 3)).clip(0, 255)
+    return Image.fromarray(pixels.astype(np.uint8))
+
+
+def make_pictures(folder, shades, n, seed):
+    """A folder of ``n`` pictures for each class."""
+    rng = np.random.default_rng(seed)
+    for name, shade in shades.items():
+        (folder / name).mkdir(parents=True)
+        for i in range(n):
+            picture(shade, rng).save(folder / name / f"{i:02}.png")
+
+
+def train(dataset, output, *options):
+    """Exit status of a short training on a folder of pictures."""
+    how = ["--dataset", str(dataset), "--epochs", "2", "--batch-size", "16", "--device", "cpu"]
+    how += ["--precision", "float32", "--output-dir", str(output)]
+    return part2.main([*how, *options])
+
+
+@pytest.fixture(scope="session")
+def shades(tmp_path_factory):
+    """Pictures in the folders train and test, of three classes that are easily told apart."""
+    folder = tmp_path_factory.mktemp("data") / "shades"
+    make_pictures(folder / "train", SHADES, 20, seed=0)
+    make_pictures(folder / "test", SHADES, 5, seed=1)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def shades_run(shades, tmp_path_factory):
+    """Folder of a training on these pictures."""
+    folder = tmp_path_factory.mktemp("shades")
+    assert train(shades, folder) == 0
+    return folder
+
+
+# ---------------------------------------------------------------- one picture
+
+
+def read(image, **how):
+    """A picture as part 2 sees it after a file of it was written."""
+    file = io.BytesIO()
+    image.save(file, **({"format": "PNG"} | how))
+    file.seek(0)
+    return utils.read_picture(file)
+
+
+def test_a_picture_of_32_by_32_is_read_as_it_is():
+    pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    assert np.array_equal(read(Image.fromarray(pixels)), pixels)
+
+
+def test_the_middle_square_is_made_small_with_antialiasing():
+    pixels = np.zeros((64, 256, 3), np.uint8)
+    pixels[:, 96:160] = 255 * (np.arange(64) % 2)[:, None]  # lines of one pixel in the middle
+    found = read(Image.fromarray(pixels)).astype(int)
+    assert abs(found - 127.5).max() < 40  # without antialiasing 0 or 255
+    for size in [(1, 1), (1, 500), (500, 1), (3, 2)]:
+        assert (read(Image.new("RGB", size, (9, 99, 200))) == (9, 99, 200)).all()
+
+
+def sixteen_bits(kind, **how):
+    return Image.fromarray(np.full((8, 8), 20_000, kind)), how
+
+
+MODES = {  # all of them show this grey, or a red, as what is left of it
+    "1": (Image.new("1", (8, 8), 1), {}, 255),
+    "L": (Image.new("L", (8, 8), 78), {}, 78),
+    "LA": (Image.new("LA", (8, 8), (78, 255)), {}, 78),
+    "LA, see-through": (Image.new("LA", (8, 8), (78, 0)), {}, 255),
+    "RGBA, half": (Image.new("RGBA", (8, 8), (0, 0, 0, 128)), {}, 127),
+    "P": (Image.new("RGB", (8, 8), (78, 78, 78)).quantize(2), {"format": "GIF"}, 78),
+    "P, see-through": (Image.new("L", (8, 8), 78).convert("P"), {"transparency": 78}, 255),
+    "L, see-through": (Image.new("L", (8, 8), 3), {"transparency": 3}, 255),
+    "CMYK": (Image.new("CMYK", (8, 8), (0, 0, 0, 177)), {"format": "TIFF"}, 78),
+    "YCbCr": (Image.new("YCbCr", (8, 8), (78, 128, 128)), {"format": "JPEG"}, 78),
+    "I;16": (*sixteen_bits(np.uint16), 78),
+    "I;16, dark": (Image.fromarray(np.full((8, 8), 255, np.uint16)), {}, 1),
+    "I": (*sixteen_bits(np.int32, format="TIFF"), 78),
+    "F": (Image.fromarray(np.full((8, 8), 0.306, np.float32)), {"format": "TIFF"}, 78),
+    "F, beyond": (Image.fromarray(np.full((8, 8), 1e30, np.float32)), {"format": "TIFF"}, 255),
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_every_mode_becomes_the_same_colour(mode):
+    image, how, grey = MODES[mode]
+    found = read(image, **how).astype(int)
+    assert found.shape == (32, 32, 3) and abs(found - grey).max() <= 1
+
+
+def test_a_camera_held_sideways_and_an_animation():
+    pixels = np.zeros((40, 40, 3), np.uint8)
+    pixels[:20] = 255
+    exif = Image.Exif()
+    exif[0x0112] = 6  # shown turned by a quarter: what was above is on the right
+    found = read(Image.fromarray(pixels), exif=exif)
+    assert found[:, 20:].min() > 200 and found[:, :12].max() < 50
+    frames = [Image.new("RGB", (32, 32), colour) for colour in ("red", "blue")]
+    found = read(frames[0], format="GIF", save_all=True, append_images=frames[1:])
+    assert (found == (255, 0, 0)).all()
+
+
+def test_a_large_photograph_is_read_in_little_time_and_as_well():
+    pixels = np.random.default_rng(0).integers(0, 256, (32, 48, 3), dtype=np.uint8)
+    large = Image.fromarray(pixels).resize((1500, 1000), Image.Resampling.BICUBIC)
+    found, whole = (read(large, format=f, quality=95).astype(int) for f in ("JPEG", "PNG"))
+    assert abs(found - whole).mean() < 2
+
+
+def test_a_huge_picture_is_read_or_refused_without_a_warning(monkeypatch, recwarn):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 9_000)
+    assert (read(Image.new("L", (100, 100), 7)) == 7).all()
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 4_000)
+    with pytest.raises(ValueError, match="decompression bomb"):
+        read(Image.new("L", (100, 100), 7))
+    assert not recwarn.list
+
+
+def test_what_is_no_picture_is_said_in_one_line(tmp_path):
+    whole = io.BytesIO()
+    picture(99, np.random.default_rng(0)).save(whole, "PNG")
+    text, half = tmp_path / "text.png", tmp_path / "half.png"
+    text.write_text("no picture")
+    half.write_bytes(whole.getvalue()[:2000])
+    for path in (text, half, tmp_path, tmp_path / "missing.png", Path("/dev/zero")):
+        with pytest.raises(ValueError) as caught:
+            utils.read_picture(path)
+        assert len(str(caught.value).splitlines()) == 1 and str(tmp_path) not in str(caught.value)
+
+
+# ------------------------------------------------------------- a labelled folder
+
+
+def test_a_folder_of_pictures_is_trained_on_as_cifar10_is(shades, shades_run):
+    config = json.loads((shades_run / "config.json").read_text())
+    metrics = json.loads((shades_run / "metrics.json").read_text())
+    assert config["dataset"] == str(shades) and config["classes"] == 3
+    assert list(metrics["per_class_accuracy"]) == list(SHADES)
+    assert metrics["test_accuracy"] > 0.9
+    model = network_of(shades_run / "best.pt")
+    assert model(torch.zeros(2, 3, 32, 32)).shape == (2, 3)
+    scores = read_table(shades_run / "test_scores.csv")
+    assert list(scores[0]) == ["label", *SHADES] and len(scores) == 15
+    assert {"04_confusion_matrix.png", "03_per_class_accuracy.png"} <= set(contents(shades_run))
+
+
+def test_it_has_its_own_mean_and_deviation_and_its_own_order(shades):
+    data = part2.load_folder(shades)
+    pixels = data.train.images.double() / 255
+    for found, expected in (
+        (data.mean, pixels.mean((0, 1, 2))),
+        (data.std, pixels.std((0, 1, 2))),
+    ):
+        assert torch.allclose(torch.tensor(found).double(), expected, atol=1e-5)
+    assert data.classes == tuple(sorted(SHADES)) and data.train.images.dtype == torch.uint8
+    assert data.train.labels.bincount().tolist() == [20] * 3
+    files = [path for name in data.classes for path in sorted((shades / "test" / name).iterdir())]
+    expected = np.stack([utils.read_picture(path) for path in files])
+    assert np.array_equal(data.test.images, expected)
+
+
+def test_without_a_test_folder_a_fifth_of_each_class_tests(shades, tmp_path):
+    shutil.copytree(shades / "train", tmp_path / "train")
+    data = part2.load_folder(tmp_path)
+    assert data.test.labels.bincount().tolist() == [4] * 3 and len(data.train) == 48
+    again = part2.load_folder(tmp_path)
+    assert torch.equal(data.test.images, again.test.images)
+
+
+@pytest.mark.parametrize("model", part2.MODELS)
+def test_networks_have_as_many_outputs_as_there_are_classes(model):
+    for classes in (2, 137):
+        network = part2.build_model({"model": model, "dropout": 0.5, "classes": classes})
+        assert network.eval()(torch.zeros(1, 3, 32, 32)).shape == (1, classes)
+
+
+def test_a_checkpoint_without_a_number_of_classes_has_ten(tmp_path):
+    network = part2.load_network(Path(part2.__file__).parent / "outputs/part2")
+    assert network.model(torch.zeros(1, 3, 32, 32)).shape == (1, 10)
+
+
+def test_a_constant_channel_is_trained_on_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(part2, "FIGURES", {})
+    for name in ("a", "b"):
+        (tmp_path / "data/train" / name).mkdir(parents=True)
+        for i in range(5):
+            shade = (i, 50 * (name == "b"), 0)
+            Image.new("RGB", (9, 9), shade).save(tmp_path / f"data/train/{name}/{i}.png")
+    assert train(tmp_path / "data", tmp_path / "run") == 0
+    assert len(read_table(tmp_path / "run/history.csv")) == 2
+
+
+def damage(folder, what):
+    """Make the folder one that cannot be trained on."""
+    if what == "damaged":
+        (folder / "train/dark/05.png").write_bytes(b"\x89PNG\r\n\x1a\n1234")
+        (folder / "test/grey/01.png").write_text("no picture")
+    elif what == "another class":
+        (folder / "test/pink").mkdir()
+    elif what == "an empty class":
+        shutil.rmtree(folder / "test/dark")
+        (folder / "test/dark").mkdir()
+    elif what == "few":
+        for path in sorted((folder / "train/dark").iterdir())[4:]:
+            path.unlink()
+    elif what == "one class":
+        for name in list(SHADES)[1:]:
+            shutil.rmtree(folder / "train" / name)
+    else:
+        (folder / "train").rename(folder / "training")
+
+
+@pytest.mark.parametrize(
+    "what, named",
+    {
+        "damaged": "2 of 75 files are no pictures",
+        "another class": "test",
+        "an empty class": "test",
+        "few": "five or more pictures",
+        "one class": "two or more folders",
+        "no train": "train",
+    }.items(),
+)
+def test_what_cannot_be_trained_on_is_said_before_training(shades, tmp_path, capsys, what, named):
+    shutil.copytree(shades, tmp_path / "shades")
+    damage(tmp_path / "shades", what)
+    assert train(tmp_path / "shades", tmp_path / "run") == 2
+    text = error_line(capsys)
+    assert named in text and not (tmp_path / "run").exists()
+    if what == "damaged":
+        assert "05.png" in text and "01.png" in text
+
+
+def test_a_data_set_that_is_neither_a_name_nor_a_folder_is_refused(tmp_path, capsys):
+    assert train(tmp_path / "missing", tmp_path / "run") == 2
+    assert "cifar10" in error_line(capsys)
+
+
+def test_hidden_files_are_no_pictures_and_no_class_and_folders_are_not_searched(shades, tmp_path):
+    shutil.copytree(shades, tmp_path / "shades")
+    (tmp_path / "shades/train/.cache").mkdir()
+    (tmp_path / "shades/train/dark/.DS_Store").write_text("no picture")
+    (tmp_path / "shades/train/dark/deeper").mkdir()
+    assert len(part2.load_folder(tmp_path / "shades").train) == 60
+
+
+def test_a_run_on_a_folder_is_continued_and_judged_again(shades_run, tmp_path, monkeypatch):
+    monkeypatch.setattr(part2, "FIGURES", {})
+    folder = tmp_path / "run"
+    shutil.copytree(shades_run, folder)
+    assert part2.main(["--resume", str(folder), "--epochs", "3"]) == 0
+    assert len(read_table(folder / "history.csv")) == 3
+    assert part2.main(["--evaluate", str(folder)]) == 0
