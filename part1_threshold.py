@@ -34,12 +34,10 @@ from utils import BLACK, BLUE, GREEN, ORANGE, PURPLE, RED, SKY, UserError, optio
 # Division, not a step of 0.01: each value is the float that "0.37" reads as.
 GRID = np.arange(10, 91) / 100
 TOLERANCE = 1e-12  # values closer than this are equally good
-REPLICATES = 2000  # tables that are drawn for each interval
-LEVELS = (0.025, 0.975)  # of every 95% interval
+REPLICATES, LEVELS = utils.REPLICATES, utils.LEVELS  # tables behind each 95% interval
 RATES = ("precision", "recall", "specificity", "alert_rate")  # with intervals, whatever is best
 LIMITS = {"min_precision": "precision", "min_recall": "recall", "max_alert_rate": "alert_rate"}
 BALANCES = (0.05, 0.10, 0.30, 0.50)  # shares of positives in step 6
-BINS = 10  # groups of the calibration error
 
 
 # %% The story
@@ -169,7 +167,7 @@ def analyse(
         "suggestion": suggest_limit(table, found["best"], objective, error),
     }
     bars = every.at(score_edges(every, best_row.threshold, cases.scores.dtype))
-    shape = reliability(every, seed)
+    shape = utils.reliability(*by_score(every), seed) if every.probabilities else None
     return Result(cases, choice, thinned(every), bars, columns, shape, drawn["bands"], summary)
 
 
@@ -1057,78 +1055,21 @@ def tell_certainty(result):
 
 
 # %% 5. Are the scores probabilities?
-def equal_groups(every, number):
-    """Up to ``number`` groups of about equally many cases by score; equal scores stay together.
-
-    Returns
-    -------
-    ndarray of float, shape (4, G)
-        Of each group the cases, the positives and the sums of s and s (1 - s). Of perfectly
-        calibrated scores s, the last two are mean and variance of the number of positives.
-    """
-    below = every.n - every.tp - every.fp  # rises from 0 to n
-    start = np.searchsorted(below, np.arange(number) * every.n / number)
-    start = np.unique(start[start < below.size - 1])
-    total = np.diff(below) * every.threshold[:-1]
-    sums = np.add.reduceat(total, start)
-    total *= every.threshold[:-1]
-    counts = (-np.diff(reaching[np.append(start, -1)]) for reaching in (-below, every.tp))
-    return np.array([*counts, sums, sums - np.add.reduceat(total, start)])
-
-
-def by_chance(groups, number, seed):
-    """Positives of each group if the scores were perfectly calibrated; shape (number, G).
-
-    A binomial draw of the same mean and, but for rounding, the same variance stands for the
-    sum of independent cases of unequal chances.
-    """
-    mean, variance = groups[2:]
-    trials = np.ceil(mean**2 / np.maximum(mean - variance, 1e-300)).clip(np.ceil(mean), 2.0**62)
-    rng = np.random.default_rng(utils.derive_seed(seed, 3, groups.shape[1]))
-    return rng.binomial(trials.astype(np.int64), ratio(mean, trials), (number, mean.size))
+def by_score(every):
+    """Each distinct score, its cases and its positives."""
+    negatives, positives = every.cells()[:, 1:-1]
+    return every.threshold[:-1], negatives + positives, positives
 
 
 def calibration(every, choice, best):
-    """Expected calibration error, and what chance alone makes of that of calibrated scores.
-
-    The mean distance of the share of positives from the mean score (Naeini et al. 2015), over
-    ten groups of equal size: groups of equal width can hold all cases, whose errors cancel out.
-    """
+    """The calibration error beside chance, and what the theory of true probabilities says."""
     if not every.probabilities:
         return None
-    groups = equal_groups(every, BINS)
-
-    def error(positives):
-        return abs(positives - groups[2]).sum(-1) / every.n
-
-    chance, ece = by_chance(groups, REPLICATES, choice.seed), error(groups[1])
-    interval = np.quantile(error(chance), LEVELS)
-    found = {"ece": ece, "groups": groups.shape[1], **check_theory(choice, best)}
+    found = utils.calibration(*by_score(every), choice.seed)
     if choice.clusters is not None:  # chance is that of independent cases
-        return found | {"ece_by_chance": None, "miscalibrated": None}
-    return found | {"ece_by_chance": interval, "miscalibrated": bool(ece > interval[1])}
-
-
-def reliability(every, seed):
-    """The isotonic curve, and its band if scores were calibrated (Dimitriadis et al. 2021)."""
-    if not every.probabilities:
-        return None
-    groups = equal_groups(every, 1000)
-    count, positives, total, _ = groups
-    drawn = [isotonic(row, count) for row in by_chance(groups, 200, seed)]
-    band = np.quantile(drawn, LEVELS, axis=0)
-    return {"score": total / count, "share": isotonic(positives, count), "band": band}
-
-
-def isotonic(positives, count):
-    """The rising share of positives nearest to the one seen: pool adjacent violators."""
-    pools = []  # each of them: positives, cases, groups
-    for pool in zip(positives.tolist(), count.tolist(), [1] * count.size):
-        while pools and pools[-1][0] * pool[1] >= pool[0] * pools[-1][1]:
-            pool = tuple(map(sum, zip(pools.pop(), pool)))
-        pools.append(pool)
-    hits, cases, width = np.array(pools).T
-    return np.repeat(hits / cases, width.astype(int))
+        found |= {"ece_by_chance": None, "miscalibrated": None}
+    # The order is that of summary.json.
+    return {"ece": None, "groups": None} | check_theory(choice, best) | found
 
 
 def check_theory(choice, best):
@@ -1370,14 +1311,10 @@ def plot_reliability(plt, result):
     """Share of positives against the mean score, above the number of cases."""
     if result.reliability is None:
         return None
-    shape = result.reliability
     figure, (axes, below) = plt.subplots(2, sharex=True, figsize=(6.4, 6), height_ratios=(3, 1))
-    label = "where calibrated scores would be (95%)"
-    if result.choice.clusters is None:
-        axes.fill_between(shape["score"], *shape["band"], color="lightgray", lw=0, label=label)
-    axes.plot(shape["score"], shape["share"], color=BLUE, label="these scores (isotonic curve)")
+    utils.draw_reliability(axes, result.reliability, band=result.choice.clusters is None)
     title = "As probabilities, the scores are off by {calibration[ece]:.3f} on average"
-    axes.set(ylabel="share of positives", title=result.fill(title))
+    axes.set_title(result.fill(title))
     cases = result.bars.cells().sum(0)[1:-1]
     edges = result.bars.threshold
     below.stairs(cases / np.diff(edges), edges, fill=True, color=SKY)

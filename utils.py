@@ -892,6 +892,106 @@ def save_figure(figure, path):
     write_bytes(path, image.getvalue())
 
 
+# %% Calibration
+
+REPLICATES = 2000  # draws behind each interval
+LEVELS = (0.025, 0.975)  # of every 95% interval
+
+
+def calibration(scores, cases, positives, seed, number=10):
+    """Expected calibration error, and what chance alone makes of that of calibrated scores.
+
+    The mean distance of the share of positives from the mean score (Naeini et al. 2015), over
+    groups of equal size: groups of equal width can hold all cases, whose errors cancel out.
+
+    Parameters
+    ----------
+    scores : ndarray of float, shape (m,)
+        Distinct and ascending, in [0, 1].
+    cases, positives : ndarray of int, shape (m,)
+        How many cases have each score, and how many of them are positive.
+
+    Returns
+    -------
+    dict
+        ``ece``; how many ``groups`` there are; ``ece_by_chance``, a 95% interval; whether the
+        scores are ``miscalibrated``, which is said of 2.5% of calibrated ones.
+    """
+    groups = equal_groups(scores, cases, positives, number)
+
+    def error(positives):
+        return abs(positives - groups[2]).sum(-1) / groups[0].sum()
+
+    chance, ece = by_chance(groups, REPLICATES, seed), error(groups[1])
+    interval = np.quantile(error(chance), LEVELS)
+    found = {"ece": ece, "groups": groups.shape[1], "ece_by_chance": interval}
+    return found | {"miscalibrated": bool(ece > interval[1])}
+
+
+def reliability(scores, cases, positives, seed):
+    """The isotonic curve, and its band if scores were calibrated (Dimitriadis et al. 2021).
+
+    The arguments are those of `calibration`; ``score``, ``share`` (G,) and ``band`` (2, G).
+    """
+    groups = equal_groups(scores, cases, positives, 1000)
+    count, hits, total, _ = groups
+    drawn = [isotonic(row, count) for row in by_chance(groups, 200, seed)]
+    band = np.quantile(drawn, LEVELS, axis=0)
+    return {"score": total / count, "share": isotonic(hits, count), "band": band}
+
+
+def equal_groups(scores, cases, positives, number):
+    """Up to ``number`` groups of about equally many cases by score; equal scores stay together.
+
+    Returns
+    -------
+    ndarray of float, shape (4, G)
+        Of each group the cases, the positives and the sums of s and s (1 - s). Of perfectly
+        calibrated scores s, the last two are mean and variance of the number of positives.
+    """
+    below = np.append(0, np.cumsum(cases))  # rises from 0 to n
+    start = np.searchsorted(below, np.arange(number) * below[-1] / number)
+    start = np.unique(start[start < scores.size])
+    total = cases * scores
+    sums = np.add.reduceat(total, start)
+    total *= scores
+    counts = (np.add.reduceat(each, start) for each in (cases, positives))
+    return np.array([*counts, sums, sums - np.add.reduceat(total, start)])
+
+
+def by_chance(groups, number, seed):
+    """Positives of each group if the scores were perfectly calibrated; shape (number, G).
+
+    A binomial draw of the same mean and, but for rounding, the same variance stands for the
+    sum of independent cases of unequal chances.
+    """
+    mean, variance = groups[2:]
+    trials = np.ceil(mean**2 / np.maximum(mean - variance, 1e-300)).clip(np.ceil(mean), 2.0**62)
+    rng = np.random.default_rng(derive_seed(seed, 3, groups.shape[1]))
+    return rng.binomial(trials.astype(np.int64), mean / np.maximum(trials, 1), (number, mean.size))
+
+
+def isotonic(positives, count):
+    """The rising share of positives nearest to the one seen: pool adjacent violators."""
+    pools = []  # each of them: positives, cases, groups
+    for pool in zip(positives.tolist(), count.tolist(), [1] * count.size):
+        while pools and pools[-1][0] * pool[1] >= pool[0] * pools[-1][1]:
+            pool = tuple(map(sum, zip(pools.pop(), pool)))
+        pools.append(pool)
+    hits, cases, width = np.array(pools).T
+    return np.repeat(hits / cases, width.astype(int))
+
+
+def draw_reliability(axes, shape, what="scores", right="positives", band=True):
+    """Draw what `reliability` found; ``what`` has a share of ``right`` that it should equal."""
+    if band:
+        label = f"where calibrated {what} would be (95%)"
+        axes.fill_between(shape["score"], *shape["band"], color="lightgray", lw=0, label=label)
+    label = f"these {what} (isotonic curve)"
+    axes.plot(shape["score"], shape["share"], color=BLUE, label=label)
+    axes.set_ylabel(f"share of {right}")
+
+
 # %% Seeds and devices
 
 

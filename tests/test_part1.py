@@ -18,6 +18,7 @@ from scipy import stats
 from sklearn import metrics as sk
 
 import part1_threshold as part1
+import utils
 from part1_threshold import (
     GRID,
     METRICS,
@@ -243,7 +244,7 @@ CALIBRATED = {  # scores that are true probabilities
 @pytest.mark.parametrize("n", [100, 1000])
 @pytest.mark.parametrize("kind", CALIBRATED)
 def test_calibrated_scores_are_rarely_called_miscalibrated(monkeypatch, kind, n):
-    monkeypatch.setattr(part1, "REPLICATES", 400)
+    monkeypatch.setattr(utils, "REPLICATES", 400)
     said = 0
     for seed in range(100):
         rng = np.random.default_rng([seed, n])
@@ -266,7 +267,7 @@ def test_the_isotonic_curve_equals_sklearns():
     count, positives = rng.integers(1, 9, 200).astype(float), np.arange(200) / 40
     positives = np.minimum(count, (positives * rng.random(200)).round())
     expected = IsotonicRegression().fit(x := np.arange(200), positives / count, count).predict(x)
-    assert_allclose(part1.isotonic(positives, count), expected, atol=1e-12)
+    assert_allclose(utils.isotonic(positives, count), expected, atol=1e-12)
 
 
 PLAIN = {  # goodness (higher is better) of n cases at threshold t
