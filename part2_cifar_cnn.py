@@ -61,6 +61,8 @@ WEIGHTS, ORDER, MIRRORS_ONCE, LAYERS, PLOTS = range(5)
 def main(argv=None):
     """Get settings and data, train, evaluate, report, save, draw."""
     a = parse_arguments(argv)
+    if a.predict:
+        return predict_pictures(a)
     if a.evaluate:
         networks, data, folder = finished_runs(a)
     else:
@@ -400,20 +402,22 @@ def predict(network, images, batch=500):
 
     ``images`` are uint8 (n, 32, 32, 3), on the device of the network; logits float32 (n, classes).
     """
-    model, settings, logits = network.model.eval(), network.settings, []
-    views = [view for view in VIEWS[settings.tta] if network.mirror or not view[2]]
-    total = sum(weight for *_, weight in views)
-    for part in images.split(batch):
-        each = torch.arange(len(part), device=part.device)
-        mean = 0
-        for top, left, mirrored, weight in views:
-            place = (torch.full_like(each, value) for value in (top, left, mirrored))
-            view = crop_and_flip(part, each, *place, "reflect")
-            with autocast(settings):
-                found = model(normalise(view, network.mean, network.std)).float()
-            mean = mean + weight / total * found
-        logits.append(mean)
-    return torch.cat(logits)
+    network.model.eval()
+    return torch.cat([mean_logits(network, part) for part in images.split(batch)])
+
+
+def mean_logits(network, images):
+    """Average the logits of a batch over the views; with `predict` many images need no memory."""
+    views = [view for view in VIEWS[network.settings.tta] if network.mirror or not view[2]]
+    total, mean = sum(weight for *_, weight in views), 0
+    each = torch.arange(images.shape[0], device=images.device)  # len would be fixed by an export
+    for top, left, mirrored, weight in views:
+        place = (torch.full_like(each, value) for value in (top, left, mirrored))
+        view = crop_and_flip(images, each, *place, "reflect")
+        with autocast(network.settings):
+            logits = network.model(normalise(view, network.mean, network.std)).float()
+        mean = mean + weight / total * logits
+    return mean
 
 
 def average_probs(networks, images):
@@ -526,53 +530,18 @@ def load_digits():
     images = F.interpolate(images, size=32, mode="bilinear")
     images = (images * 255).round().to(torch.uint8).expand(-1, 3, -1, -1)
     both = Split(images.permute(0, 2, 3, 1).contiguous(), torch.from_numpy(bunch.target).long())
-    train, test = part_a_fifth(both)
+    train, test = (both[rows] for rows in utils.part_a_fifth(both.labels))
     pixels = train.images.double() / 255
     mean, std = (pixels.mean().item(),) * 3, (pixels.std().item(),) * 3
     return Data("digits", "digits", tuple("0123456789"), mean, std, False, train, test)
 
 
-def part_a_fifth(split):
-    """Part off a fixed, stratified fifth of the images as test images."""
-    from sklearn.model_selection import train_test_split
-
-    rows, labels = np.arange(len(split)), split.labels.numpy()
-    rows = train_test_split(rows, test_size=0.2, stratify=labels, random_state=0)
-    return [split[part] for part in rows]
-
-
-# %% Own pictures
-
-
 def load_folder(folder):
     """Labelled pictures, train/CLASS/* and test/CLASS/*; without test a fifth of each class."""
-    train, test = (utils.class_files(folder / part) for part in ("train", "test"))
-    if len(train) < 2 or min(map(len, train.values())) < 5:
-        text = "there must be two or more folders, a class each, of five or more pictures"
-        raise UserError(f"{folder / 'train'}: {text}")
-    if test and (list(test) != list(train) or not all(test.values())):
-        text = "there must be pictures of each class that train has, and of no other"
-        raise UserError(f"{folder / 'test'}: {text}")
-    files = [path for part in (train, test) for group in part.values() for path in group]
-    labels = [i for part in (train, test) for i, group in enumerate(part.values()) for _ in group]
-    images, _, bad = zip(*utils.read_pictures(files))
-    if bad := sum(bad, []):
-        text = f"{len(bad):,} of {len(files):,} files are no pictures: replace or delete them"
-        raise UserError(f"{text}: {utils.some_of(bad)}")
-    every, n = Split(torch.cat(images), torch.tensor(labels)), sum(map(len, train.values()))
-    train_split, test_split = (every[:n], every[n:]) if test else part_a_fifth(every)
-    mean, std = channel_statistics(train_split.images)
-    name = folder.name, tuple(train), mean, std
-    return Data(str(folder), *name, True, train_split, test_split)
-
-
-def channel_statistics(images):
-    """Mean and deviation of each channel, of pixels in [0, 1], from counts of the 256 values."""
-    levels = torch.arange(256).double() / 255
-    shares = [torch.bincount(images[..., c].flatten(), minlength=256).double() for c in range(3)]
-    mean = [(n * levels).sum() / n.sum() for n in shares]
-    std = [((n * (levels - m) ** 2).sum() / n.sum()).sqrt() for n, m in zip(shares, mean)]
-    return tuple(m.item() for m in mean), tuple(max(s.item(), 1 / 255) for s in std)
+    classes, *parts = utils.read_class_folders(folder)
+    train, test = (Split(*part) for part in parts)
+    about = folder.name, classes, *utils.channel_statistics(train.images)
+    return Data(str(folder), *about, True, train, test)
 
 
 # %% Draws and augmentations
@@ -1340,6 +1309,61 @@ FIGURES = {  # in the order of the talk; functions of pyplot and a Result
 }
 
 
+# %% Own pictures
+
+
+def predict_pictures(a):
+    """--predict: tell, write down and draw what the network of a checkpoint takes pictures for."""
+    network, files = network_to_use(a), utils.files_of(a.predict)
+    folder = utils.output_folder(a.output_dir or Path("outputs", "predictions"))
+    say("", f"2. What {a.checkpoint} takes them for")
+    rows, bad, first = [], [], torch.empty(0, 32, 32, 3, dtype=torch.uint8)
+    for images, good, wrong in utils.read_pictures(files):
+        probs = probabilities(network, images.to(network.settings.device)).cpu()
+        rows += utils.likeliest(good, probs, network.classes)
+        bad, first = bad + wrong, torch.cat([first, images])[:24]
+    if not rows:
+        raise UserError(f"there is no picture to predict: {utils.some_of(bad)}")
+    utils.tell_likeliest(rows, len(first))
+    tell(
+        f"The network knows these {len(network.classes)} classes and nothing else: a picture of "
+        "anything else is one of them to it, perhaps with a high probability."
+    )
+    say("", f"3. Files in {folder}", "  predictions.csv")
+    utils.write_csv(folder / "predictions.csv", {k: [row[k] for row in rows] for k in rows[0]})
+    utils.draw_figures({"predictions": plot_pictures}, (first, rows), folder, a.show)
+    if bad:
+        say("", "No pictures, so passed over:", *(f"  {each}" for each in bad))
+        raise utils.RunFailed(f"{len(bad):,} of {len(files):,} files are no pictures")
+
+
+def network_to_use(a):
+    """The network of --checkpoint on this machine, with the device that was asked for."""
+    if set(a.given) - MACHINE:
+        raise UserError("--predict takes the settings of the network: leave other options out")
+    network = load_network(a.checkpoint)
+    how = {"device": "auto", "threads": 0} | a.given
+    settings = prepare_machine(replace(network.settings, **how))
+    network.model.to(settings.device, memory_format=torch.channels_last)
+    return replace(network, settings=settings)
+
+
+def probabilities(network, images):
+    """Probabilities of the classes, float32 (n, classes)."""
+    return predict(network, images).softmax(1)
+
+
+def plot_pictures(plt, result):
+    """Draw the first pictures with the likeliest class of each."""
+    first, rows = result
+    figure = image_grid(plt, first, -(-len(first) // 6), 6)
+    for axes, row in zip(figure.axes, rows[: len(first)]):
+        text = f"{row['class_1']:.14} ({row['probability_1']:.0%})"
+        axes.set_title(f"{utils.short_name(row['file'])}\n{text}", fontsize=8, loc="center")
+    figure.suptitle(f"{len(first)} of {len(rows):,} pictures, and the likeliest class of each")
+    return figure
+
+
 # %% Options
 
 DATASETS, PRECISIONS = ("auto", "cifar10", "digits"), ("auto", "float32", "bfloat16")
@@ -1373,15 +1397,6 @@ def flag(default, kind, text, **how):
     return field(default=default, metadata={"help": text, **how})
 
 
-def data_set(text):
-    """Argparse type: the name of a data set, or the whole path of a folder."""
-    path = utils.user_path(text)
-    if text not in DATASETS and not path.is_dir():
-        names = ", ".join(DATASETS)
-        raise argparse.ArgumentTypeError(f"{text!r} is no folder, and none of {names}")
-    return text if text in DATASETS else str(path.resolve())
-
-
 @dataclass(frozen=True)
 class Settings:
     """All that decides the result of a run; each is an option of the same name.
@@ -1392,7 +1407,7 @@ class Settings:
     preset: str = flag("baseline", PRESETS, "bundle of options; one given beside it wins")
     dataset: str = flag(
         "auto",
-        data_set,
+        utils.name_or_folder(DATASETS),
         "cifar10, digits, auto (CIFAR-10, or the digits if it cannot be had), or a folder of "
         "pictures, train/CLASS/* and test/CLASS/*",
     )
@@ -1461,6 +1476,10 @@ def parse_arguments(argv):
     text = "continue the run in a folder (default: the output folder), with its settings"
     one_of("--resume", **path, nargs="?", const=True, metavar="FOLDER", help=text)
     one_of("--evaluate", **path, nargs="+", metavar="RUN", help="average finished runs")
+    text = "say what pictures, or all those in a folder, show"
+    one_of("--predict", **path, nargs="+", metavar="PICTURE", help=text)
+    text = "network of --predict, a file or the folder of a run (default: outputs/part2)"
+    add("--checkpoint", **path, help=text)
     add("--show", action="store_true", help="also show the figures in windows")
     a = parser.parse_args(argv)
     a.show = a.show and utils.can_show()
@@ -1468,6 +1487,9 @@ def parse_arguments(argv):
     a.folder = a.output_dir if a.resume in (None, True) else a.resume
     if a.output_dir and a.folder.resolve() != a.output_dir.resolve():
         raise UserError("--resume FOLDER writes into that folder: leave --output-dir out")
+    if a.checkpoint and not a.predict:
+        raise UserError("--checkpoint is for --predict: leave it out")
+    a.checkpoint = a.checkpoint or Path("outputs", "part2")
     return a
 
 

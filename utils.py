@@ -130,6 +130,19 @@ def integer(low, high=10**9):
     return number(low, high, kind=int)
 
 
+def name_or_folder(names):
+    """Argparse type: one of ``names``, or an existing folder as its whole path."""
+
+    def parse(text):
+        path = user_path(text)
+        if text not in names and not path.is_dir():
+            text = f"{text!r} is no folder, and none of {', '.join(names)}"
+            raise argparse.ArgumentTypeError(text)
+        return text if text in names else str(path.resolve())
+
+    return parse
+
+
 # %% Console
 
 
@@ -737,6 +750,42 @@ def files_in(folder):
     return [Path(folder, name) for name in sorted(names)]
 
 
+def files_of(paths):
+    """The files among ``paths``, and those in its folders; UserError if there are none."""
+    groups = [files_in(path) if os.path.isdir(path) else [path] for path in paths]
+    if not (files := sum(groups, [])):
+        raise UserError(f"there is no file in {some_of(list(map(str, paths)))}: name another")
+    return files
+
+
+def likeliest(files, probs, classes, most=3):
+    """A dict for each file: its name, and its likeliest classes with their probabilities."""
+    rows, top = [], probs.topk(min(most, len(classes)))
+    for file, shares, labels in zip(files, top.values.tolist(), top.indices.tolist()):
+        rows.append({"file": str(file)})
+        for i, (share, label) in enumerate(zip(shares, labels), 1):
+            rows[-1] |= {f"class_{i}": classes[label], f"probability_{i}": round(share, 6)}
+    return rows
+
+
+def tell_likeliest(rows, most):
+    """Print the first of these rows as a table."""
+    for row in rows[:most]:
+        _, *pairs = row.values()
+        pairs = zip(pairs[::2], pairs[1::2])
+        text = "".join(f"  {name:<11.11} {share:>6.1%}" for name, share in pairs)
+        say(f"  {short_name(row['file']):<16}{text}")
+    if len(rows) > most:
+        tell(f"The other {len(rows) - most:,} are in predictions.csv.")
+
+
+def short_name(file, most=16):
+    """The end of a file's name, for a column of a table."""
+    name = Path(file).name
+    name = name if name.isprintable() else ascii(name)
+    return name if len(name) <= most else f"...{name[3 - most :]}"
+
+
 def class_files(folder):
     """The files of each class: of each folder in ``folder``, by name; none if it is not there."""
     if not os.path.isdir(folder):
@@ -807,6 +856,57 @@ def read_pictures(paths, size=500):
                 shown = time.monotonic()
         show_progress("")
         yield torch.from_numpy(np.array(images, np.uint8).reshape(-1, 32, 32, 3)), good, bad
+
+
+def read_class_folders(folder):
+    """Read labelled pictures from train/CLASS/* and, if it is there, test/CLASS/*.
+
+    Returns
+    -------
+    classes : tuple of str
+    train, test : tuple of Tensor
+        Images, uint8 (n, 32, 32, 3), and labels, int64 (n,); without a folder of their own the
+        test images are a fifth of the others.
+    """
+    import torch
+
+    train, test = (class_files(folder / part) for part in ("train", "test"))
+    if len(train) < 2 or min(map(len, train.values())) < 5:
+        text = "there must be two or more folders, a class each, of five or more pictures"
+        raise UserError(f"{folder / 'train'}: {text}")
+    if test and (list(test) != list(train) or not all(test.values())):
+        text = "there must be pictures of each class that train has, and of no other"
+        raise UserError(f"{folder / 'test'}: {text}")
+    groups = [*train.values(), *test.values()]
+    files = sum(groups, [])
+    images, _, bad = zip(*read_pictures(files))
+    if bad := sum(bad, []):
+        text = f"{len(bad):,} of {len(files):,} files are no pictures: replace or delete them"
+        raise UserError(f"{text}: {some_of(bad)}")
+    images, n_train = torch.cat(images), sum(map(len, train.values()))
+    labels = np.arange(len(groups)) % len(train)
+    labels = torch.from_numpy(labels.repeat(list(map(len, groups))))
+    rows = (slice(n_train), slice(n_train, None)) if test else part_a_fifth(labels)
+    return tuple(train), *((images[part], labels[part]) for part in rows)
+
+
+def part_a_fifth(labels):
+    """Rows of four fifths to train on and of a fifth to test on, fixed and stratified."""
+    from sklearn.model_selection import train_test_split
+
+    rows = np.arange(len(labels))
+    return train_test_split(rows, test_size=0.2, stratify=labels.numpy(), random_state=0)
+
+
+def channel_statistics(images):
+    """Mean and deviation of each channel, of pixels in [0, 1], from counts of the 256 values."""
+    import torch
+
+    levels = torch.arange(256).double() / 255
+    shares = [torch.bincount(images[..., c].flatten(), minlength=256).double() for c in range(3)]
+    mean = [(n @ levels / n.sum()).item() for n in shares]
+    var = [(n @ (levels - m) ** 2 / n.sum()).item() for n, m in zip(shares, mean)]
+    return tuple(mean), tuple(max(math.sqrt(v), 1 / 255) for v in var)  # never zero
 
 
 def some_of(items, most=10):

@@ -2,34 +2,18 @@
 
 import io
 import json
+import os
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from helpers import contents, error_line, network_of, read_table
+from helpers import SHADES, contents, error_line, make_pictures, network_of, picture, read_table
 from PIL import Image
 
 import part2_cifar_cnn as part2
 import utils
-
-SHADES = {"dark": 30, "grey": 128, "light, $_{$": 220}  # names that CSV and plots must bear
-
-
-def picture(shade, rng, size=(40, 50)):
-    """A noisy picture around a shade of grey."""
-    pixels = rng.normal(shade, 20, (*size[::-1], 3)).clip(0, 255)
-    return Image.fromarray(pixels.astype(np.uint8))
-
-
-def make_pictures(folder, shades, n, seed):
-    """A folder of ``n`` pictures for each class."""
-    rng = np.random.default_rng(seed)
-    for name, shade in shades.items():
-        (folder / name).mkdir(parents=True)
-        for i in range(n):
-            picture(shade, rng).save(folder / name / f"{i:02}.png")
 
 
 def train(dataset, output, *options):
@@ -274,3 +258,103 @@ def test_a_run_on_a_folder_is_continued_and_judged_again(shades_run, tmp_path, m
     assert part2.main(["--resume", str(folder), "--epochs", "3"]) == 0
     assert len(read_table(folder / "history.csv")) == 3
     assert part2.main(["--evaluate", str(folder)]) == 0
+
+
+# ------------------------------------------------------------------- predictions
+
+
+def predict(checkpoint, output, *pictures):
+    """Exit status of --predict on the CPU."""
+    how = ["--checkpoint", str(checkpoint), "--device", "cpu", "--output-dir", str(output)]
+    return part2.main([*how, "--predict", *map(str, pictures)])
+
+
+def test_pictures_get_the_probabilities_that_the_test_images_had(shades, shades_run, tmp_path):
+    folders = [shades / "test" / name for name in sorted(SHADES)]
+    assert predict(shades_run, tmp_path, *folders) == 0
+    rows = read_table(tmp_path / "predictions.csv")
+    files = [str(path) for folder in folders for path in sorted(folder.iterdir())]
+    assert [row["file"] for row in rows] == files
+    for row, scores in zip(rows, read_table(shades_run / "test_scores.csv")):
+        expected = sorted(((float(scores[name]), name) for name in SHADES), reverse=True)
+        for i, (share, name) in enumerate(expected, 1):
+            assert row[f"class_{i}"] == name
+            assert float(row[f"probability_{i}"]) == pytest.approx(share, abs=2e-6)
+    assert contents(tmp_path).keys() == {"predictions.csv", "predictions.png"}
+
+
+def test_columns_are_the_documented_ones_and_the_screen_says_what_the_network_cannot(
+    shades, shades_run, tmp_path, capsys
+):
+    picture(250, np.random.default_rng(0), (700, 300)).save(tmp_path / "a b, c.jpg")
+    assert predict(shades_run / "best.pt", tmp_path / "out", tmp_path / "a b, c.jpg") == 0
+    header, row = (tmp_path / "out/predictions.csv").read_text().splitlines()
+    places = ",".join(f"class_{i},probability_{i}" for i in (1, 2, 3))
+    assert header == f"file,{places}" and row.startswith(
+        f'"{tmp_path}/a b, c.jpg","light, $_{{$",'
+    )
+    text = " ".join(capsys.readouterr().out.split())
+    assert "a b, c.jpg light" in text and "3 classes and nothing else" in text
+
+
+def test_what_is_no_picture_is_passed_over_and_named_at_the_end(
+    shades, shades_run, tmp_path, capsys
+):
+    shutil.copytree(shades / "test/dark", tmp_path / "mixed")
+    (tmp_path / "mixed/notes.txt").write_text("no picture")
+    (tmp_path / "mixed/.hidden").write_text("no picture")
+    out = tmp_path / "out"
+    assert predict(shades_run, out, tmp_path / "mixed", tmp_path / "gone.png") == 1
+    printed = capsys.readouterr()
+    assert printed.err == "error: 2 of 7 files are no pictures\n"
+    assert "notes.txt (it is no picture)\n" in printed.out
+    assert "gone.png (No such file or directory)\n" in printed.out
+    assert len(read_table(out / "predictions.csv")) == 5
+
+
+def test_nothing_to_predict_is_an_error(shades_run, tmp_path, capsys):
+    empty, text = tmp_path / "empty", tmp_path / "text.png"
+    empty.mkdir()
+    text.write_text("no picture")
+    for what in (empty, text, tmp_path / "gone"):
+        assert predict(shades_run, tmp_path / "out", what) == 2
+        assert what.name in error_line(capsys)
+        assert not list(tmp_path.glob("out/*"))
+
+
+@pytest.mark.parametrize(
+    "options", ["--predict x --lr 1", "--checkpoint x", "--predict x --resume"]
+)
+def test_options_without_effect_beside_predict_are_refused(options, capsys):
+    assert part2.main(options.split()) == 2
+    error_line(capsys)
+
+
+def test_odd_file_names_reach_screen_table_and_picture(shades, shades_run, tmp_path, capsys):
+    names = ["line\nbreak.png", "\x1b[31mred.png", "café $x.png", os.fsdecode(b"caf\xe9.png")]
+    for name in names:
+        shutil.copy(shades / "test/dark/00.png", tmp_path / name)
+    assert predict(shades_run, tmp_path / "out", *(tmp_path / name for name in names)) == 0
+    files = [Path(row["file"]).name for row in read_table(tmp_path / "out/predictions.csv")]
+    assert files == [*names[:3], "caf\\udce9.png"]
+    assert "\x1b" not in capsys.readouterr().out
+
+
+def test_many_files_are_read_in_batches_and_the_first_of_them_drawn(
+    shades, shades_run, tmp_path, monkeypatch
+):
+    sizes, batches = [], utils.read_pictures
+
+    def by_seven(paths):
+        for images, good, bad in batches(paths, size=7):
+            sizes.append(len(images))
+            yield images, good, bad
+
+    monkeypatch.setattr(utils, "read_pictures", by_seven)
+    folder = shades / "train/grey"
+    (tmp_path / "text").write_text("no picture")  # a batch of nothing else
+    texts = [tmp_path / "text"] * 7
+    assert predict(shades_run, tmp_path / "out", *texts, folder, folder) == 1
+    rows = read_table(tmp_path / "out/predictions.csv")
+    assert sizes == [0, 7, 7, 7, 7, 7, 5] and len(rows) == 40
+    assert [row["class_1"] for row in rows[:20]] == [row["class_1"] for row in rows[20:]]
