@@ -61,8 +61,8 @@ WEIGHTS, ORDER, MIRRORS_ONCE, LAYERS, PLOTS = range(5)
 def main(argv=None):
     """Get settings and data, train, evaluate, report, save, draw."""
     a = parse_arguments(argv)
-    if a.predict:
-        return predict_pictures(a)
+    if a.predict or a.export:
+        return predict_pictures(a) if a.predict else export(a)
     if a.evaluate:
         networks, data, folder = finished_runs(a)
     else:
@@ -139,17 +139,21 @@ class Data:
     test: Split
     valid: Split = None
     folder: Path = None  # where it was looked for
+    md5: dict = None  # of the images and labels of train and test
 
 
 def load_data(settings, folder):
     """Load the data set asked for onto the device and split it, once and for all."""
-    data = set_aside(find_data(settings.dataset, folder), settings.select_on)
+    data = find_data(settings.dataset, folder)
+    each = {"train": data.train, "test": data.test}
+    md5 = {name: utils.md5_of_arrays(part.images, part.labels) for name, part in each.items()}
+    data = set_aside(data, settings.select_on)
     held = f"{len(data.valid):,} held out to choose the epoch, " * (settings.select_on == "val")
     tell(f"{data.name}: {len(data.train):,} training, {held}{len(data.test):,} test images.")
     if not data.mirror and (settings.flip, settings.tta) != ("none", "none"):
         tell("A mirrored digit is a different symbol, so nothing is mirrored.")
     parts = {name: getattr(data, name).to(settings.device) for name in ("train", "valid", "test")}
-    return replace(data, folder=folder, **parts)
+    return replace(data, folder=folder, md5=md5, **parts)
 
 
 def set_aside(data, select_on):
@@ -379,6 +383,7 @@ class Network:
     std: tuple
     mirror: bool
     history: list
+    version: dict = None  # what tells a loaded network from others
 
     @property
     def n_parameters(self):
@@ -403,21 +408,27 @@ def predict(network, images, batch=500):
     ``images`` are uint8 (n, 32, 32, 3), on the device of the network; logits float32 (n, classes).
     """
     network.model.eval()
-    return torch.cat([mean_logits(network, part) for part in images.split(batch)])
+    size = batch // len(views_of(network))
+    return torch.cat([mean_logits(network, part) for part in images.split(size)])
+
+
+def views_of(network):
+    """The views that the network's settings ask for."""
+    return [view for view in VIEWS[network.settings.tta] if network.mirror or not view[2]]
 
 
 def mean_logits(network, images):
-    """Average the logits of a batch over the views; with `predict` many images need no memory."""
-    views = [view for view in VIEWS[network.settings.tta] if network.mirror or not view[2]]
-    total, mean = sum(weight for *_, weight in views), 0
+    """Average the logits of a few images over the views, all seen at once."""
+    *places, weights = zip(*views_of(network))
     each = torch.arange(images.shape[0], device=images.device)  # len would be fixed by an export
-    for top, left, mirrored, weight in views:
-        place = (torch.full_like(each, value) for value in (top, left, mirrored))
-        view = crop_and_flip(images, each, *place, "reflect")
-        with autocast(network.settings):
-            logits = network.model(normalise(view, network.mean, network.std)).float()
-        mean = mean + weight / total * logits
-    return mean
+    seen = torch.cat([
+        crop_and_flip(images, each, *(torch.full_like(each, value) for value in place), "reflect")
+        for place in zip(*places)
+    ])  # fmt: skip
+    with autocast(network.settings):
+        logits = network.model(normalise(seen, network.mean, network.std)).float()
+    logits = logits.view(len(weights), -1, len(network.classes))
+    return sum(weight / sum(weights) * part for weight, part in zip(weights, logits))
 
 
 def average_probs(networks, images):
@@ -917,6 +928,7 @@ def describe(networks, data):
     return {key: getattr(settings, key) for key in keys} | {
         "machine": utils.describe_machine(settings.device),
         "networks": len(networks),
+        "versions": [network.version for network in networks],
         "parameters": sum(network.n_parameters for network in networks),
         "best_epoch": kept[0] if len(kept) == 1 else kept,
         "val_accuracy": validation_accuracy(networks[0]) if len(kept) == 1 else None,
@@ -1064,7 +1076,8 @@ def save(training, folder):
     """
     history = training.history
     about = {"machine": utils.describe_machine(training.settings.device)}
-    stale = ["metrics.json", "test_scores.csv", *[f"{name}.png" for name in FIGURES]]
+    stale = ["metrics.json", "test_scores.csv", "model.pt2", "model.onnx"]
+    stale += [*[f"{name}.png" for name in FIGURES]]
     stale += ["best.pt", "last.pt"] * (len(history) == 1)  # of a run that this one replaces
     for name in stale:
         (folder / name).unlink(missing_ok=True)
@@ -1072,7 +1085,7 @@ def save(training, folder):
     utils.write_json(folder / "config.json", config | about)
     columns = {key: [row[key] for row in history] for key in history[0]}
     utils.write_csv(folder / "history.csv", columns)
-    about |= contents(training.network)
+    about |= contents(training.network) | {"data_md5": training.data.md5}
     parts = {name: part.state_dict() for name, part in training.parts.items()}
     utils.save_checkpoint(folder / "last.pt", **about | parts)
     if best_epoch(history) == len(history):
@@ -1099,7 +1112,9 @@ def load_network(path):
         model = build_model(stored["config"])
         model.load_state_dict(stored["model"])
         about = {key: stored[key] for key in ABOUT}
-        return Network(model, settings_of(stored["config"]), **about)
+        version = {key: stored.get(key) for key in ("config", "data_md5", "machine")}
+        version = {"sha256": utils.sha256_of(path)} | version
+        return Network(model, settings_of(stored["config"]), **about, version=version)
     except (RuntimeError, KeyError, TypeError, ValueError) as error:
         text = f"{path} is of another architecture or version ({error}): train again"
         raise UserError(text) from error
@@ -1113,13 +1128,15 @@ def restore(training, state, folder):
         for weight, moments in training.optimizer.state.items():
             if any(value.shape not in ((), weight.shape) for value in moments.values()):
                 raise ValueError("the state of its optimizer has other shapes")
+        if state.get("data_md5", training.data.md5) != training.data.md5:
+            raise ValueError("its images or labels were others")
         history = training.history = state["history"]
-        machine = {"machine": state["machine"]}
+        about = {"machine": state["machine"], "data_md5": training.data.md5}
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
         text = f"{folder / 'last.pt'} does not fit this run ({error}): start it again"
         raise UserError(text) from error
     if best_epoch(history) == len(history):  # a sudden end may have come before best.pt
-        utils.save_checkpoint(folder / "best.pt", **contents(training.network) | machine)
+        utils.save_checkpoint(folder / "best.pt", **contents(training.network) | about)
     if state["config"].get("threads") != training.settings.threads:
         before = state["config"].get("threads")
         tell(f"This run had {before} threads: with another number its last bits will differ.")
@@ -1364,6 +1381,37 @@ def plot_pictures(plt, result):
     return figure
 
 
+# %% Export
+
+
+class Exported(nn.Module):
+    """A network as one function: bytes (n, 32, 32, 3) to probabilities (n, classes)."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.model, self.network = network.model, network
+
+    def forward(self, images):
+        """Normalise, average the logits over the views, and make them probabilities."""
+        return mean_logits(self.network, images).softmax(1)
+
+
+def export(a):
+    """--export: write a network as files that need nothing of this project, in float32."""
+    if a.given:
+        raise UserError("--export takes the settings of the network: leave other options out")
+    network = load_network(a.export)
+    settings = replace(network.settings, device="cpu", precision="float32")
+    network = replace(network, model=network.model.eval(), settings=settings)
+    beside = a.export if a.export.is_dir() else a.export.parent
+    folder = utils.output_folder(a.output_dir or beside)
+    say(f"The network of {a.export}, version {network.version['sha256'][:12]}, into {folder}:")
+    images = torch.arange(5 * 32 * 32 * 3).mul(7919).to(torch.uint8).view(5, 32, 32, 3)
+    expected = probabilities(network, images)  # before tracing, so that on_device holds numbers
+    about = network.version | {"classes": network.classes}
+    utils.export_module(Exported(network).eval(), images, expected, about, folder)
+
+
 # %% Options
 
 DATASETS, PRECISIONS = ("auto", "cifar10", "digits"), ("auto", "float32", "bfloat16")
@@ -1478,6 +1526,8 @@ def parse_arguments(argv):
     one_of("--evaluate", **path, nargs="+", metavar="RUN", help="average finished runs")
     text = "say what pictures, or all those in a folder, show"
     one_of("--predict", **path, nargs="+", metavar="PICTURE", help=text)
+    text = "write a network, of a run's folder or a file, as model.pt2 and model.onnx"
+    one_of("--export", **path, metavar="RUN", help=text)
     text = "network of --predict, a file or the folder of a run (default: outputs/part2)"
     add("--checkpoint", **path, help=text)
     add("--show", action="store_true", help="also show the figures in windows")

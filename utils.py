@@ -400,6 +400,20 @@ def md5_of(path):
         return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
 
 
+def sha256_of(path):
+    """SHA-256 of a file as 64 hex digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def md5_of_arrays(*arrays):
+    """MD5 of the bytes of arrays or tensors, one after the other."""
+    md5 = hashlib.md5(usedforsecurity=False)
+    for array in arrays:
+        md5.update(np.ascontiguousarray(array))
+    return md5.hexdigest()
+
+
 def download(urls, path, md5, stall_seconds=15):
     """Fetch the file with this MD5 from the first of ``urls`` that delivers it.
 
@@ -1147,11 +1161,13 @@ def usable_threads():
 def describe_machine(device):
     """What the last bits of a result depend on, beside seed and settings."""
     import torch
+    import torchvision
 
     name = torch.cpu.get_capabilities().get("cpu_name") or platform.processor()
     if torch.device(device).type == "cuda":
         name = torch.cuda.get_device_name(device)
-    versions = {"python": platform.python_version(), "torch": str(torch.__version__)}
+    versions = {"python": platform.python_version(), "numpy": np.__version__}
+    versions |= {"torch": str(torch.__version__), "torchvision": torchvision.__version__}
     return {"processor": name, "threads": torch.get_num_threads()} | versions
 
 
@@ -1237,3 +1253,69 @@ def load_checkpoint(path):
     if checkpoint.get("digest") != digest:
         raise UserError(f"{path} was altered after it was written: name another file")
     return checkpoint
+
+
+# %% Exports
+
+
+def export_module(module, images, expected, about, folder):
+    """Write a module as model.pt2, which torch alone loads, and as model.onnx.
+
+    Before a file is written it must give ``expected`` for ``images`` (n, h, w, 3), and the same
+    for the first one alone; the dict ``about`` is in it as version.json.
+    """
+    import torch
+
+    batch = {0: torch.export.Dim("n")}
+    program = torch.export.export(module, (images[:2],), dynamic_shapes=(batch,))
+    for graph in program.graph_module.modules():
+        for node in graph.graph.nodes if hasattr(graph, "graph") else ():
+            node.meta.pop("stack_trace", None)  # it names folders of this machine
+    about = json.dumps(_plain(about), indent=2)
+    file = io.BytesIO()
+    torch.export.save(program, file, extra_files={"version.json": about})
+    file.seek(0)
+    _check_export("model.pt2", torch.export.load(file).module(), images, expected)
+    write_bytes(folder / "model.pt2", file.getvalue())
+    say("  model.pt2")
+    try:
+        import onnx
+        import onnxscript  # noqa: F401
+    except ImportError:
+        return tell("model.onnx is written too where onnx and onnxscript are installed.")
+    program = program.run_decompositions({torch.ops.aten.avg_pool2d.default: _average})
+    model = torch.onnx.export(program, opset_version=20, dynamo=True, verbose=False).model_proto
+    onnx.helper.set_model_props(model, {"version.json": about})
+    data = model.SerializeToString()
+    try:
+        import onnxruntime
+    except ImportError:
+        tell("model.onnx is checked, too, where onnxruntime is installed.")
+    else:
+        session = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
+        (given,) = session.get_inputs()
+
+        def run(images):
+            return torch.from_numpy(session.run(None, {given.name: images.numpy()})[0])
+
+        _check_export("model.onnx", run, images, expected)
+    write_bytes(folder / "model.onnx", data)
+    say("  model.onnx")
+
+
+def _average(images, size, stride, padding=(0,), ceil=False, include=True, divisor=None):
+    """Divide an average pool by another number afterwards: ONNX ignores ``divisor``."""
+    import torch.nn.functional as F
+
+    if divisor is None:
+        return NotImplemented  # it may stay as it is
+    return F.avg_pool2d(images, size, stride, padding, ceil) * (math.prod(size) / divisor)
+
+
+def _check_export(name, model, images, expected, most=1e-5):
+    """RunFailed unless ``model`` gives what is expected for one image and for many."""
+    for few in (images[:1], images):
+        error = abs(model(few) - expected[: len(few)]).max().item()
+        if not error <= most:
+            text = f"its probabilities are off by {error:.2g}, so it is not written"
+            raise RunFailed(f"{name} does not compute what the network does: {text}")

@@ -1,14 +1,20 @@
 """What was trained, used: own pictures, own data sets, exports, versions."""
 
+import hashlib
 import io
 import json
+import logging
 import os
 import shutil
+import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torchvision
 from helpers import SHADES, contents, error_line, make_pictures, network_of, picture, read_table
 from PIL import Image
 
@@ -323,7 +329,8 @@ def test_nothing_to_predict_is_an_error(shades_run, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "options", ["--predict x --lr 1", "--checkpoint x", "--predict x --resume"]
+    "options",
+    ["--predict x --lr 1", "--checkpoint x", "--export x --threads 1", "--predict x --resume"],
 )
 def test_options_without_effect_beside_predict_are_refused(options, capsys):
     assert part2.main(options.split()) == 2
@@ -358,3 +365,150 @@ def test_many_files_are_read_in_batches_and_the_first_of_them_drawn(
     rows = read_table(tmp_path / "out/predictions.csv")
     assert sizes == [0, 7, 7, 7, 7, 7, 5] and len(rows) == 40
     assert [row["class_1"] for row in rows[:20]] == [row["class_1"] for row in rows[20:]]
+
+
+# -------------------------------------------------------------- export and version
+
+
+@pytest.fixture
+def untraced():
+    """Without pytest's log handler, for which torch would write down each step of an export."""
+    logging.disable()
+    yield
+    logging.disable(logging.NOTSET)
+
+
+def checkpoint(folder, preset, data, **change):
+    """A folder with a best.pt of a network that was trained on nothing but is sure of itself."""
+    settings = replace(part2.Settings(**part2.PRESETS[preset]), **change)
+    torch.manual_seed(0)
+    model = part2.build_model(part2.config_of(settings, data.classes))
+    about = data.classes, data.mean, data.std, data.mirror
+    network = part2.Network(model, settings, *about, [{"epoch": 1, "eval_split": "none"}])
+    with torch.no_grad():
+        logits = part2.predict(
+            replace(network, settings=replace(settings, device="cpu")), data.test.images
+        )
+        last = [p for p in model.parameters() if p.ndim == 2][-1]
+        last.mul_(5 / logits.std())
+    folder.mkdir()
+    utils.save_checkpoint(folder / "best.pt", **part2.contents(network))
+    return folder
+
+
+ALONE = """
+import json, sys, torch
+about = {"version.json": ""}
+model = torch.export.load(sys.argv[1], extra_files=about).module()
+probs = {n: model(torch.load(sys.argv[2])[:n]).tolist() for n in (1, 3, 64)}
+print(json.dumps({"probs": probs, "about": json.loads(about["version.json"])}))
+assert not {"part2_cifar_cnn", "utils", "torchvision", "matplotlib"} & set(sys.modules)
+"""
+
+
+def in_float32(folder, images):
+    """Probabilities of a checkpoint's network, computed in float32 on the CPU."""
+    network = part2.load_network(folder)
+    settings = replace(network.settings, device="cpu", precision="float32")
+    return part2.probabilities(replace(network, settings=settings), images)
+
+
+@pytest.mark.parametrize("preset", part2.PRESETS)
+def test_an_export_computes_what_the_checkpoint_does(preset, tmp_path, digits, untraced):
+    pytest.importorskip("onnxscript", reason="install onnx and onnxscript to run this test")
+    onnxruntime = pytest.importorskip("onnxruntime")
+    data = replace(digits, mirror=True)  # so that there are all views
+    folder = checkpoint(tmp_path / "run", preset, data, precision="bfloat16")
+    assert part2.main(["--export", str(folder)]) == 0
+    assert contents(folder).keys() == {"best.pt", "model.pt2", "model.onnx"}
+    images = data.test.images[:20]
+    expected = in_float32(folder, images)
+    assert expected.max() > 0.5
+    model = torch.export.load(folder / "model.pt2").module()
+    session = onnxruntime.InferenceSession(folder / "model.onnx")
+    assert session.get_modelmeta().custom_metadata_map.keys() == {"version.json"}
+    name = session.get_inputs()[0].name
+    for n in (1, 3, 20):
+        assert abs(model(images[:n]) - expected[:n]).max() < 1e-5
+        (probs,) = session.run(None, {name: images[:n].numpy()})
+        assert probs.dtype == np.float32 and abs(probs - expected[:n].numpy()).max() < 1e-5
+    assert str(Path(part2.__file__).parent).encode() not in (folder / "model.pt2").read_bytes()
+
+
+def test_an_export_needs_nothing_but_torch_and_tells_its_version(shades, shades_run, tmp_path):
+    assert (
+        part2.main(["--export", str(shades_run / "best.pt"), "--output-dir", str(tmp_path)]) == 0
+    )
+    images = part2.load_folder(shades).train.images
+    torch.save(images, tmp_path / "images.pt")
+    command = [
+        sys.executable,
+        "-c",
+        ALONE,
+        str(tmp_path / "model.pt2"),
+        str(tmp_path / "images.pt"),
+    ]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    found, expected = json.loads(done.stdout), in_float32(shades_run, images)
+    assert found["probs"].keys() == {"1", "3", "64"}
+    for n, probs in found["probs"].items():
+        assert torch.allclose(torch.tensor(probs), expected[: int(n)], atol=1e-5)
+    about, metrics = found["about"], json.loads((shades_run / "metrics.json").read_text())
+    assert about["classes"] == list(part2.load_network(shades_run).classes)
+    assert metrics["versions"] == [{key: about[key] for key in metrics["versions"][0]}]
+
+
+def test_a_version_is_the_hash_of_best_pt_the_settings_the_libraries_and_the_data(
+    shades, shades_run
+):
+    (version,) = json.loads((shades_run / "metrics.json").read_text())["versions"]
+    best = (shades_run / "best.pt").read_bytes()
+    assert version["sha256"] == hashlib.sha256(best).hexdigest()
+    config = json.loads((shades_run / "config.json").read_text())
+    assert version["config"] | {"machine": version["machine"]} == config
+    assert version["machine"]["torchvision"] == torchvision.__version__
+    data = part2.load_folder(shades)
+    pixels = data.test.images.numpy().tobytes() + data.test.labels.numpy().tobytes()
+    assert version["data_md5"].keys() == {"train", "test"}
+    assert version["data_md5"]["test"] == hashlib.md5(pixels).hexdigest()
+
+
+def test_a_run_is_not_continued_on_other_pictures(shades, shades_run, tmp_path, capsys):
+    shutil.copytree(shades, tmp_path / "shades")
+    assert train(tmp_path / "shades", tmp_path / "run") == 0
+    capsys.readouterr()
+    (tmp_path / "shades/train/dark/00.png").unlink()
+    assert part2.main(["--resume", str(tmp_path / "run"), "--epochs", "3"]) == 2
+    assert "images" in error_line(capsys)
+
+
+def test_without_its_packages_there_is_no_onnx_and_a_line_names_them(
+    shades_run, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    assert part2.main(["--export", str(shades_run), "--output-dir", str(tmp_path)]) == 0
+    text = capsys.readouterr().out
+    assert "onnx and onnxscript" in text and contents(tmp_path).keys() == {"model.pt2"}
+
+
+def test_an_export_that_computes_something_else_is_not_written(
+    shades_run, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(
+        part2.Exported,
+        "forward",
+        lambda self, images: (
+            self.model(part2.normalise(images, self.network.mean, self.network.std)).softmax(1)
+            + 1e-4
+        ),
+    )
+    assert part2.main(["--export", str(shades_run), "--output-dir", str(tmp_path)]) == 1
+    assert "model.pt2" in error_line(capsys) and not contents(tmp_path)
+
+
+def test_a_new_training_removes_the_export_of_the_one_it_replaces(shades, shades_run, tmp_path):
+    shutil.copytree(shades_run, tmp_path / "run")
+    for name in ("model.pt2", "model.onnx"):
+        (tmp_path / "run" / name).write_text("old")
+    assert train(shades, tmp_path / "run") == 0
+    assert not {"model.pt2", "model.onnx"} & contents(tmp_path / "run").keys()
