@@ -156,6 +156,13 @@ def show_progress(text):
         print(f"\r\033[K{text}", end="", flush=True)
 
 
+def progress_bar(done, total, seconds, later=0):
+    """What was done in ``seconds`` and the time left, of which ``later`` comes after ``total``."""
+    left = seconds / done * (total - done)
+    text = f"[{'#' * (20 * done // total):.<20}] {done / total:4.0%}, {left:.0f} s left"
+    return text + f", {left + seconds / done * later:.0f} s in all" * bool(later)
+
+
 @contextmanager
 def ctrl_c():
     """Yield a list that Ctrl-C fills, so that a loop can stop; a second one stops at once."""
@@ -795,6 +802,8 @@ def save_figure(figure, path):
     if any(axes.get_legend_handles_labels()[1] for axes in figure.axes):
         columns = int(figure.get_figwidth() / 2.5)
         figure.legend(loc="outside lower center", ncols=columns, fontsize=9)
+    if figure.get_suptitle():
+        figure._suptitle.set_wrap(True)
     image = io.BytesIO()
     figure.savefig(image, format="png")
     write_bytes(path, image.getvalue())
