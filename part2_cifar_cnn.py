@@ -505,6 +505,7 @@ class Result:
     labels: np.ndarray  # int64 (n,), of the images
     each: list  # of each network the probabilities, float32 (n, classes)
     probs: np.ndarray  # float32 (n, classes), their average
+    firing: dict  # of the first network, on training images, as `firing` returns it
 
     @property
     def images(self):
@@ -537,12 +538,13 @@ def evaluate(networks, data, split="test"):
     found = average(networks, [probabilities(n, seen.images).cpu().numpy() for n in networks])
     metrics["train_accuracy"] = accuracy(seen.labels.cpu().numpy(), found, data.classes)
     metrics["verdict"] = verdict(metrics["train_accuracy"], metrics["accuracy"])
-    metrics["firing"] = firing(networks[0], seen.images)
+    fires = firing(networks[0], seen.images)
+    metrics["silent_units"] = {name: [s.count(0), len(s)] for name, s in fires.items()}
     metrics["runs"] = describe_runs(networks, [accuracy(labels, p, data.classes) for p in each])
     if len(each) == 2:
         metrics["comparison"] = compare(labels, *each, data.classes)
     metrics["suggestions"] = suggestions(networks)
-    return Result(networks, data, split, metrics, labels, each, probs)
+    return Result(networks, data, split, metrics, labels, each, probs, fires)
 
 
 # %% The data sets
@@ -1155,7 +1157,7 @@ def compare(labels, first, second, classes):
     middle = (won - lost) / n
     half = 1.96 * math.sqrt((won + lost + 1) / n - middle**2) / math.sqrt(n)
     gain = right[1].astype(float) - right[0]
-    points = [(name, gain[labels == i].mean()) for i, name in enumerate(classes)]
+    points = [(classes[i], gain[labels == i].mean()) for i in np.unique(labels)]
     return {
         "difference": gain.mean(),
         "interval": (middle - half, middle + half),
@@ -1231,12 +1233,9 @@ def report(result):
         f"On training images (10,000 at most, not augmented) {seen:.2%}: {100 * gap:+.2f} points. "
         + VERDICTS[metrics["verdict"]]
     )
-    for layer, shares in metrics["firing"].items():
-        if silent := shares.count(0):
-            tell(
-                f"{silent} of the {len(shares)} units of layer {layer} fire for none of these "
-                "training images: they do nothing, and learn nothing from them."
-            )
+    for layer, shares in result.firing.items():
+        if 0 in shares:
+            tell(f"{silent_text(layer, shares)} on training images, and so learn nothing.")
     for run in metrics["runs"]:
         tell(run_text(run))
     if "comparison" in metrics:
@@ -1254,6 +1253,16 @@ def report(result):
     tell_confidence(result)
     say("", "8. What to try next")
     tell_suggestions(metrics["suggestions"])
+
+
+def silent_text(layer, shares):
+    """Say how many units of a layer are silent."""
+    return f"{shares.count(0)} of the {len(shares)} units of {called(layer)} never fire"
+
+
+def called(layer):
+    """What to call a layer, which may be a number."""
+    return f"layer {layer}" if layer.isdigit() else layer
 
 
 def choice_text(result):
@@ -1619,7 +1628,8 @@ def plot_monitor(plt, result):
         for i, key in enumerate(layers):
             how = {"color": utils.OKABE_ITO.split()[i % 7], "marker": "osD^v<>"[i % 7]}
             if kind != "weight" and (len(layers) < 7 or i in (0, len(layers) - 1)):
-                how["label"] = f"{kind} of layer {key.partition('_')[2]}"
+                what = {"gradient": "gradient and weights", "silent": "silent units"}[kind]
+                how["label"] = f"{called(key.partition('_')[2])}: {what}"
             axes.plot(range(1, len(history) + 1), rows[key], "--" * (kind == "silent"), **how)
         axes.set(ylabel=text, ylim=(0, 1 if kind == "silent" else None))
         if not layers:
@@ -1832,7 +1842,7 @@ def plot_activations(plt, result, columns=10):
     rows = {"image and\nfirst filters": [image[0], *((filters - low) / (high - low))]}
     for side, name in stages.items():  # the last maps of each size, the strongest first
         order = maps[name].flatten(1).mean(1).argsort(descending=True)
-        rows[f"layer {name}\n{side}x{side}"] = maps[name][order]
+        rows[f"{called(name)}\n{side}x{side}"] = maps[name][order]
     figure, grid = plt.subplots(len(rows) + 1, columns, figsize=(12, 1.25 * len(rows) + 1.9))
     for line, (text, pictures) in zip(grid, rows.items()):
         for axes, picture in zip(line, pictures):
@@ -1840,12 +1850,12 @@ def plot_activations(plt, result, columns=10):
         for axes in line:
             axes.set_axis_off()
         line[0].text(-0.1, 0.5, text, ha="right", va="center", transform=line[0].transAxes)
-    axes, title = below(figure, grid), "it has no ReLU, so that all its units fire"
-    if fires := result.metrics["firing"]:
-        name, shares = max(fires.items(), key=lambda item: item[1].count(0) / len(item[1]))
+    axes, title = below(figure, grid), "without ReLU, every unit is heard"
+    if result.firing:
+        layer, shares = max(result.firing.items(), key=lambda item: item[1].count(0))
         axes.bar(range(len(shares)), sorted(shares, reverse=True), color=utils.BLUE)
-        axes.set(xlabel=f"units of layer {name}, sorted", ylabel="fires for\nshare of images")
-        title = f"{shares.count(0)} of the {len(shares)} units of layer {name} never fire"
+        axes.set(xlabel=f"units of {called(layer)}, sorted", ylabel="fires for\nshare of images")
+        title = silent_text(layer, shares) if 0 in shares else "every unit fires"
     else:
         axes.set_axis_off()
     figure.suptitle(f"{result.data.name}: what the layers make of an image; {title}")
