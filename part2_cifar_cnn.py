@@ -308,8 +308,8 @@ def train_epoch(training, pressed=()):
     """
     model, settings, epoch = training.model, training.settings, len(training.history) + 1
     row = {"epoch": epoch, "lr": training.scheduler.get_last_lr()[0]}
-    layers, loss_sum, right, seen = training.layers, 0, 0, 0
-    norms = dict.fromkeys(layers, 0)
+    n, layers = len(training.data.train), list(training.layers.values())
+    loss_sum = right = seen = gradients = 0
     start = shown = time.monotonic()
     model.train()  # dropout is on, and BatchNorm uses the statistics of the batch
     for images, targets in batches(training.data, settings, epoch):
@@ -320,8 +320,7 @@ def train_epoch(training, pressed=()):
         loss = F.cross_entropy(logits, targets, label_smoothing=settings.label_smoothing)
         training.optimizer.zero_grad()  # or the gradients of all steps would add up
         loss.backward()
-        for name, weights in layers.items():
-            norms[name] += weights.grad.norm()
+        gradients += torch.stack([weights.grad.norm() for weights in layers])
         if settings.grad_clip:
             nn.utils.clip_grad_norm_(model.parameters(), settings.grad_clip)
         training.optimizer.step()
@@ -337,18 +336,14 @@ def train_epoch(training, pressed=()):
         seen += len(images)
         if time.monotonic() - shown > 0.5:
             check_finite(loss_sum, row)
-            shown, n = time.monotonic(), len(training.data.train)
-            left = (settings.epochs - epoch) * n  # images of later epochs
-            bar = utils.progress_bar(seen, n, shown - start, left)
+            shown = time.monotonic()
+            bar = utils.progress_bar(seen, n, shown - start, later=(settings.epochs - epoch) * n)
             utils.show_progress(f"  epoch {epoch} of {settings.epochs} {bar}")
     check_finite(loss_sum, row)
     check_finite(sum(w.abs().sum() for w in model.state_dict().values()), row)
     utils.show_progress("")
-    monitor = {"lr_start": row["lr"], "lr_end": lr}
-    monitor |= {f"gradient_{name}": norms[name].item() / training.steps for name in layers}
-    monitor |= {f"weight_{name}": weights.norm().item() for name, weights in layers.items()}
-    row |= {"train_loss": loss_sum.item() / seen, "train_accuracy": right.item() / seen}
-    return row | {"monitor": monitor}
+    row["monitor"] = {"lr_start": row["lr"], "lr_end": lr} | norms_of(training, gradients)
+    return row | {"train_loss": loss_sum.item() / seen, "train_accuracy": right.item() / seen}
 
 
 def check_finite(total, row):
@@ -362,26 +357,23 @@ def check_finite(total, row):
 
 def judge(training, row):
     """Add to a row what the validation images say, if there are any."""
-    valid, found = training.data.valid, {"temperature": 1.0}
-    images = (valid if len(valid) else training.data.train).images[:1000]
-    fires = firing(training.network, images)
-    row["monitor"] |= {f"silent_{k}": shares.count(0) / len(shares) for k, shares in fires.items()}
+    valid, temperature = training.data.valid, 1.0
     if not len(valid):
-        return row | {"val_loss": math.nan, "val_accuracy": math.nan} | found
+        row["monitor"] |= silent_shares(training, training.data.train.images)
+        return row | {"val_loss": math.nan, "val_accuracy": math.nan, "temperature": temperature}
     logits = predict(training.network, valid.images)
     loss = F.cross_entropy(logits, valid.labels).item()
     check_finite(loss, row)
     right = (logits.argmax(1) == valid.labels).sum().item()
+    row["monitor"] |= silent_shares(training, valid.images)
     if training.settings.select_on == "val":  # test images are not looked at before the end
-        found = {"temperature": fit_temperature(logits, valid.labels)}
-        sure, preds = (logits[:WATCHED] / found["temperature"]).softmax(1).max(1)
-        for i, (share, pred) in enumerate(zip(sure.tolist(), preds.tolist()), 1):
-            classes = training.data.classes
-            row["monitor"] |= {f"image_{i}": classes[pred], f"confidence_{i}": share}
-    return row | {"val_loss": loss, "val_accuracy": right / len(valid)} | found
-
-
-WATCHED = 16  # validation images whose guesses monitor.csv shows
+        temperature = fit_temperature(logits, valid.labels)
+        row["monitor"] |= guesses(logits[:WATCHED] / temperature, training.data.classes)
+    return row | {
+        "val_loss": loss,
+        "val_accuracy": right / len(valid),
+        "temperature": temperature,
+    }
 
 
 def fit_temperature(logits, labels):
@@ -516,6 +508,11 @@ class Result:
     def preds(self):
         """The likeliest class of each image, int64 (n,)."""
         return self.probs.argmax(1)
+
+    @property
+    def sure(self):
+        """The probability of that class, float32 (n,)."""
+        return self.probs.max(1)
 
     @property
     def name(self):
@@ -926,6 +923,34 @@ def average_of(training):
         get_ema_multi_avg_fn(now)(averaged, current, count)
 
     return AveragedModel(training.model, multi_avg_fn=update, use_buffers=True)
+
+
+# %% While it learns: the rows of monitor.csv
+
+WATCHED = 16  # validation images whose guesses are shown
+
+
+def norms_of(training, gradients):
+    """Norms of each layer: mean over the steps of that of its gradient, and of its weights."""
+    means = zip(training.layers, (gradients / training.steps).tolist())
+    norms = {f"gradient_{name}": mean for name, mean in means}
+    weights = training.layers.items()
+    return norms | {f"weight_{name}": values.norm().item() for name, values in weights}
+
+
+def silent_shares(training, images):
+    """Share of the units of each ReLU that fire for none of the first thousand ``images``."""
+    fires = firing(training.network, images[:1000])
+    return {f"silent_{name}": shares.count(0) / len(shares) for name, shares in fires.items()}
+
+
+def guesses(logits, classes):
+    """The likeliest class of each image and its probability."""
+    sure, preds = logits.softmax(1).max(1)
+    row = {}
+    for i, (share, pred) in enumerate(zip(sure.tolist(), preds.tolist()), 1):
+        row |= {f"image_{i}": classes[pred], f"confidence_{i}": share}
+    return row
 
 
 # %% Looking inside
@@ -1546,21 +1571,41 @@ def plot_samples(plt, result, rows=4, columns=8):
         images, targets = next(batches(data, settings, epoch=1, size=rows * columns))
     labels = targets.argmax(1) if targets.ndim == 2 else targets
     images = images.permute(0, 2, 3, 1).cpu() * torch.tensor(data.std) + torch.tensor(data.mean)
-    figure = image_grid(plt, images.clamp(0, 1), rows, columns)
-    figure.suptitle(f"{data.name}: training images as the network sees them, new in each epoch")
-    for axes, label in zip(figure.axes, labels.tolist()):
-        axes.set_title(data.classes[label], fontsize=9, loc="center")
-    return figure
+    names = [(data.classes[label], utils.BLACK) for label in labels.tolist()]
+    title = f"{data.name}: training images as the network sees them, new in each epoch"
+    return image_grid(plt, images.clamp(0, 1), names, columns, title)
 
 
-def image_grid(plt, images, rows, columns):
-    """A figure with an image in each of its axes."""
+def image_grid(plt, images, captions, columns, title):
+    """A figure of images (n, h, w, 3), above each its caption, a text and a colour."""
+    rows = -(-len(images) // columns)
     figure, grid = plt.subplots(rows, columns, figsize=(columns * 1.2, rows * 1.45))
-    for axes, image in zip(grid.flat, images):
+    for axes, image, (text, color) in zip(grid.flat, images, captions):
         axes.imshow(image.numpy(), interpolation="nearest")
+        axes.set_title(text, fontsize=9, loc="center", color=color)
     for axes in grid.flat:
         axes.set_axis_off()
+    figure.suptitle(title)
     return figure
+
+
+def captions(result, chosen):
+    """Of each chosen image the guess and its confidence; below it the truth if it is wrong."""
+    texts, classes = [], result.data.classes
+    for label, pred, sure in zip(result.labels[chosen], result.preds[chosen], result.sure[chosen]):
+        text = f"{classes[pred]}: {sure:.0%}"
+        wrong = f"{text}\nis {classes[label]}", utils.RED
+        texts.append((text, utils.BLUE) if label == pred else wrong)
+    return texts
+
+
+def picked(result, right, n):
+    """Up to ``n`` images at random among those guessed right, or wrong."""
+    rng = np.random.default_rng(derive_seed(result.networks[0].settings.seed, PLOTS))
+    return rng.permutation(np.flatnonzero((result.preds == result.labels) == right))[:n]
+
+
+KEY = "guess: its probability / is: the true class"
 
 
 def handicap(settings):
@@ -1741,90 +1786,61 @@ def plot_confusion(plt, result):
     return figure
 
 
-def caption(axes, result, i):
-    """Write the guess and its confidence above image ``i``; below it the truth if it is wrong."""
-    classes, label, pred = result.data.classes, result.labels[i], result.preds[i]
-    text, color = f"{classes[pred]}: {result.probs[i].max():.0%}", utils.BLUE
-    if pred != label:
-        text, color = f"{text}\nis {classes[label]}", utils.RED
-    axes.set_title(text, fontsize=9, loc="center", color=color)
-
-
-def picked(result, right, n):
-    """Up to ``n`` images at random among those guessed right, or wrong."""
-    rng = np.random.default_rng(derive_seed(result.networks[0].settings.seed, PLOTS))
-    return rng.permutation(np.flatnonzero((result.preds == result.labels) == right))[:n]
-
-
 def plot_predictions(plt, result, rows=4, columns=8):
     """Draw images with prediction and confidence: half of them right, half wrong."""
     right, wrong = (picked(result, truth, rows * columns // 2) for truth in (True, False))
     chosen = np.concatenate([right, wrong])
-    figure = image_grid(plt, result.images[chosen], rows, columns)
-    for axes, i in zip(figure.axes, chosen):
-        caption(axes, result, i)
-    figure.suptitle(
+    title = (
         f"{result.data.name}: {len(right)} images picked among those guessed right (blue), "
-        f"{len(wrong)} among the wrong (red)\nguess: its probability / is: the true class"
+        f"{len(wrong)} among the wrong (red)\n{KEY}"
     )
-    return figure
+    return image_grid(plt, result.images[chosen], captions(result, chosen), columns, title)
 
 
 def plot_mistakes(plt, result, columns=10):
-    """Draw the most confident mistakes, and images of the pairs that are confused most."""
+    """Draw the most confident mistakes, and those between the classes confused most."""
     labels, preds = result.labels, result.preds
     wrong = np.flatnonzero(preds != labels)
     if not len(wrong):
         return None
-    wrong = wrong[np.argsort(-result.probs[wrong].max(1), kind="stable")]
+    wrong = wrong[np.argsort(-result.sure[wrong], kind="stable")]
     rows = [wrong[:columns], wrong[columns : 2 * columns]]
     for first, second, _ in result.metrics["confused_pairs"]:
         a, b = map(result.data.classes.index, (first, second))
         ways = [wrong[(labels[wrong] == x) & (preds[wrong] == y)] for x, y in ((a, b), (b, a))]
         rows.append(np.concatenate([way[: columns // 2] for way in ways]))
-    rows = [row for row in rows if len(row)]
-    blank = torch.full((32, 32, 3), 255, dtype=torch.uint8)
-    images = [
-        result.images[row[i]] if i < len(row) else blank for row in rows for i in range(columns)
-    ]
-    figure = image_grid(plt, images, len(rows), columns)
-    for line, row in zip(np.reshape(figure.axes, (-1, columns)), rows):
-        for axes, i in zip(line, row):
-            caption(axes, result, i)
+    images, texts = [], []
+    for row in filter(len, rows):
+        blanks = columns - len(row)
+        images += [*result.images[row], *[torch.full((32, 32, 3), 255)] * blanks]
+        texts += [*captions(result, row), *[("", utils.BLACK)] * blanks]
     pairs = ", ".join(f"{a}/{b}" for a, b, _ in result.metrics["confused_pairs"])
-    figure.suptitle(
-        f"{result.data.name}: the most confident mistakes, and below those between {pairs}\n"
-        "guess: its probability / is: the true class"
-    )
-    return figure
+    title = f"{result.data.name}: the most confident mistakes, and below those between {pairs}"
+    return image_grid(plt, images, texts, columns, f"{title}\n{KEY}")
 
 
 def plot_grad_cam(plt, result, columns=5):
     """Draw what right and wrong guesses rest on, of wrong ones also what speaks for the truth."""
-    network, chosen = (
-        result.networks[0],
-        [picked(result, truth, columns) for truth in (True, False)],
-    )
-    chosen = np.concatenate(chosen)
-    images = result.images[chosen]
-    sides = [m.shape[1] for m in maps_of(network, images[:1]).values()]
-    if not sides:
+    network, classes = result.networks[0], result.data.classes
+    chosen = np.concatenate([picked(result, truth, columns) for truth in (True, False)])
+    images, wrong = result.images[chosen], result.preds[chosen] != result.labels[chosen]
+    if not (maps := maps_of(network, images[:1])):
         return None
-    figure = image_grid(plt, images.repeat(3, 1, 1, 1), 3, len(chosen))
-    grid = np.array(figure.axes).reshape(3, -1)
-    for row, classes in zip(grid[1:], (result.preds, result.labels)):
-        cams = grad_cam(network, images, torch.from_numpy(classes[chosen]))
-        for axes, cam, i in zip(row, cams, chosen):
-            axes.imshow(cam.numpy(), cmap="inferno", alpha=0.6)
-            axes.set_title(f"for {result.data.classes[classes[i]]}", fontsize=9, loc="center")
-    for axes, i in zip(grid[0], chosen):
-        caption(axes, result, i)
-    for axes in grid[2, result.preds[chosen] == result.labels[chosen]]:
-        axes.set_visible(False)
-    figure.suptitle(
+    looked_for = np.array([result.preds[chosen], result.labels[chosen]])
+    cams = [grad_cam(network, images, torch.from_numpy(each)) for each in looked_for]
+    texts = [*captions(result, chosen)]
+    texts += [(f"for {classes[label]}", utils.BLACK) for label in looked_for.flat]
+    side = list(maps.values())[-1].shape[1]
+    title = (
         f"{result.data.name}: where the evidence lies (Grad-CAM, bright is most; "
-        f"maps of {sides[-1]}x{sides[-1]}); left right guesses, then wrong ones"
+        f"maps of {side}x{side}); left right guesses, then wrong ones"
     )
+    figure = image_grid(plt, images.repeat(3, 1, 1, 1), texts, len(chosen), title)
+    grid = np.reshape(figure.axes, (3, -1))
+    for axes, cam in zip(grid[1:].flat, torch.cat(cams)):
+        axes.imshow(cam.numpy(), cmap="inferno", alpha=0.6)
+    for axes in grid[2, ~wrong]:
+        axes.set_visible(False)
     return figure
 
 
