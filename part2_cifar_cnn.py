@@ -9,7 +9,7 @@
 The default network has two convolutions, BatchNorm, dropout and 282,442 parameters. With
 seed 42 its ten epochs take 74 s on two CPU cores that compute in bfloat16 and reach 69.88%
 on the test images. It trains on CUDA where there is one, else on the CPU. The epoch that is
-best on 5,000 held-out training images is kept; the test images are used once, at the end.
+best on 5,000 validation images is kept; the test images are used once, at the end.
 
 Each run has a folder: best.pt (the network), last.pt (what --resume continues from),
 config.json, history.csv, metrics.json, test_scores.csv and the figures 01_... to 05_...png.
@@ -29,9 +29,10 @@ import signal
 import sys
 import textwrap
 import time
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import lru_cache
+from importlib.util import find_spec
 from pathlib import Path
 
 if __name__ == "__main__" and not hasattr(sys, "ps1"):  # not as a notebook's cells
@@ -62,7 +63,7 @@ def main(argv=None):
     """Get settings and data, train, evaluate, report, save, draw."""
     a = parse_arguments(argv)
     if a.predict or a.export:
-        return predict_pictures(a) if a.predict else export(a)
+        return predict_pictures(a) if a.predict else export(a)  # of a network that is there
     if a.evaluate:
         networks, data, folder = finished_runs(a)
     else:
@@ -75,11 +76,13 @@ def main(argv=None):
         if stopped:
             restore(training, stopped, folder)
         introduce(training)
-        train(training, folder)
+        train(training, folder, a.tensorboard)
         networks = [kept_network(training, folder)]
-    result = evaluate(networks, data)  # here the test images are used
+    result = evaluate(networks, data, a.split or "test")  # here the test images are used
     report(result)
     save_result(result, folder)
+    if a.tensorboard:
+        write_outcome(result, folder)
     utils.draw_figures(FIGURES, result, folder, a.show)
 
 
@@ -145,10 +148,10 @@ class Data:
 def load_data(settings, folder):
     """Load the data set asked for onto the device and split it, once and for all."""
     data = find_data(settings.dataset, folder)
-    each = {"train": data.train, "test": data.test}
-    md5 = {name: utils.md5_of_arrays(part.images, part.labels) for name, part in each.items()}
+    parts = {"train": data.train, "test": data.test}
+    md5 = {name: utils.md5_of_arrays(*vars(part).values()) for name, part in parts.items()}
     data = set_aside(data, settings.select_on)
-    held = f"{len(data.valid):,} held out to choose the epoch, " * (settings.select_on == "val")
+    held = f"{len(data.valid):,} validation, " * (settings.select_on == "val")
     tell(f"{data.name}: {len(data.train):,} training, {held}{len(data.test):,} test images.")
     if not data.mirror and (settings.flip, settings.tta) != ("none", "none"):
         tell("A mirrored digit is a different symbol, so nothing is mirrored.")
@@ -261,7 +264,13 @@ class Training:
         self.optimizer = OPTIMIZERS[settings.optimizer](weights, settings)
         self.scheduler = build_scheduler(self.optimizer, settings, self.steps)
         self.average = average_of(self) if settings.ema else None
-        self.history = []  # a dict for each epoch, a row of history.csv
+        self.history = []  # a dict for each epoch: a row of history.csv, and of monitor.csv
+
+    @property
+    def layers(self):
+        """The weights of each layer that learns, by its name."""
+        weights = self.model.named_parameters()
+        return {n.removesuffix(".weight"): p for n, p in weights if p.ndim > 1 and p.requires_grad}
 
     @property
     def parts(self):
@@ -277,10 +286,10 @@ class Training:
         return Network(model, self.settings, *about, self.history)
 
 
-def train(training, folder):
+def train(training, folder, events=False):
     """Train to the last epoch and save after each one; Ctrl-C leaves whole epochs."""
     history, epochs = training.history, training.settings.epochs
-    say("  epoch         lr  train loss  train acc  eval loss  eval acc  seconds")
+    say("  epoch         lr  train loss  train acc   val loss   val acc  seconds")
     try:
         with utils.ctrl_c() as pressed:
             while len(history) < epochs:
@@ -289,6 +298,8 @@ def train(training, folder):
                 seconds = time.monotonic() - start
                 history.append(judge(training, row) | {"seconds": seconds})
                 save(training, folder)
+                if events:
+                    write_events(training, folder)
                 say(row_text(history[-1]))
             if pressed:
                 raise utils.Interrupted
@@ -308,8 +319,9 @@ def train_epoch(training, pressed=()):
     """
     model, settings, epoch = training.model, training.settings, len(training.history) + 1
     row = {"epoch": epoch, "lr": training.scheduler.get_last_lr()[0]}
-    loss_sum = right = seen = 0
-    shown = time.monotonic()
+    n, layers = len(training.data.train), list(training.layers.values())
+    loss_sum = right = seen = gradients = 0
+    start = shown = time.monotonic()
     model.train()  # dropout is on, and BatchNorm uses the statistics of the batch
     for images, targets in batches(training.data, settings, epoch):
         if pressed:
@@ -319,9 +331,11 @@ def train_epoch(training, pressed=()):
         loss = F.cross_entropy(logits, targets, label_smoothing=settings.label_smoothing)
         training.optimizer.zero_grad()  # or the gradients of all steps would add up
         loss.backward()
+        gradients += torch.stack([weights.grad.norm() for weights in layers])
         if settings.grad_clip:
             nn.utils.clip_grad_norm_(model.parameters(), settings.grad_clip)
         training.optimizer.step()
+        (lr, *_) = training.scheduler.get_last_lr()
         training.scheduler.step()  # the rate changes with every step
         if training.average:
             training.average.update_parameters(model)
@@ -333,11 +347,13 @@ def train_epoch(training, pressed=()):
         seen += len(images)
         if time.monotonic() - shown > 0.5:
             check_finite(loss_sum, row)
-            utils.show_progress(f"  epoch {epoch}: {seen:,} of {len(training.data.train):,}")
             shown = time.monotonic()
+            bar = utils.progress_bar(seen, n, shown - start, later=(settings.epochs - epoch) * n)
+            utils.show_progress(f"  epoch {epoch} of {settings.epochs} {bar}")
     check_finite(loss_sum, row)
     check_finite(sum(w.abs().sum() for w in model.state_dict().values()), row)
     utils.show_progress("")
+    row["monitor"] = {"lr_start": row["lr"], "lr_end": lr} | norms_of(training, gradients)
     return row | {"train_loss": loss_sum.item() / seen, "train_accuracy": right.item() / seen}
 
 
@@ -351,22 +367,47 @@ def check_finite(total, row):
 
 
 def judge(training, row):
-    """Add to a row what the images that choose the epoch say, if there are any."""
-    valid, split = training.data.valid, training.settings.select_on
+    """Add to a row what the validation images say, if there are any."""
+    valid, temperature = training.data.valid, 1.0
     if not len(valid):
-        return row | {"eval_split": "none", "eval_loss": math.nan, "eval_accuracy": math.nan}
+        row["monitor"] |= silent_shares(training, training.data.train.images)
+        return row | {"val_loss": math.nan, "val_accuracy": math.nan, "temperature": temperature}
     logits = predict(training.network, valid.images)
     loss = F.cross_entropy(logits, valid.labels).item()
     check_finite(loss, row)
     right = (logits.argmax(1) == valid.labels).sum().item()
-    return row | {"eval_split": split, "eval_loss": loss, "eval_accuracy": right / len(valid)}
+    row["monitor"] |= silent_shares(training, valid.images)
+    if training.settings.select_on == "val":  # test images are not looked at before the end
+        temperature = fit_temperature(logits, valid.labels)
+        row["monitor"] |= guesses(logits[:WATCHED] / temperature, training.data.classes)
+    return row | {
+        "val_loss": loss,
+        "val_accuracy": right / len(valid),
+        "temperature": temperature,
+    }
+
+
+def fit_temperature(logits, labels):
+    """What to divide logits (n, classes) by, so that probabilities are as sure as they are right.
+
+    It makes the loss on these images least (Guo et al. 2017). A label counts (n + 1) / (n + 2) and
+    all classes the rest (Platt 1999), so that it stays above 0 if all images are right.
+    """
+    rest = 1 / (len(labels) + 2)
+    wanted = (1 - rest) * logits.gather(1, labels[:, None]).mean() + rest * logits.mean()
+    low, high = 0.01, 100.0
+    for _ in range(40):  # bisection, for the loss is convex in 1 / temperature
+        middle = math.sqrt(low * high)
+        too_sure = ((logits / middle).softmax(1) * logits).sum(1).mean() > wanted
+        low, high = (middle, high) if too_sure else (low, middle)
+    return middle
 
 
 def best_epoch(history):
     """The epoch to keep: the most accurate on the images that choose it, else the last."""
-    if history[-1]["eval_split"] == "none":
+    if math.isnan(history[-1]["val_accuracy"]):
         return len(history)
-    return max(history, key=lambda row: (row["eval_accuracy"], -row["eval_loss"]))["epoch"]
+    return max(history, key=lambda row: (row["val_accuracy"], -row["val_loss"]))["epoch"]
 
 
 # %% 4. Evaluation
@@ -382,13 +423,29 @@ class Network:
     mean: tuple
     std: tuple
     mirror: bool
-    history: list
-    version: dict = None  # what tells a loaded network from others
+    history: list  # a dict for each epoch
+    path: Path = None  # the file that holds it
+    version: dict = None  # what tells it from other trainings
 
     @property
     def n_parameters(self):
         """Number of weights and biases."""
         return sum(p.numel() for p in self.model.parameters())
+
+    @property
+    def kept(self):
+        """The row of history.csv of the epoch that was kept."""
+        return self.history[best_epoch(self.history) - 1]
+
+    @property
+    def temperature(self):
+        """What its logits are divided by to give probabilities; 1 where nothing was held out."""
+        return self.kept["temperature"]
+
+    @property
+    def seconds(self):
+        """Seconds of training."""
+        return sum(row["seconds"] for row in self.history)
 
 
 # Each view: rows and columns of shift, whether mirrored, weight. A mirrored view is shifted
@@ -408,18 +465,14 @@ def predict(network, images, batch=500):
     ``images`` are uint8 (n, 32, 32, 3), on the device of the network; logits float32 (n, classes).
     """
     network.model.eval()
-    size = batch // len(views_of(network))
+    size = batch // len(VIEWS[network.settings.tta])
     return torch.cat([mean_logits(network, part) for part in images.split(size)])
-
-
-def views_of(network):
-    """The views that the network's settings ask for."""
-    return [view for view in VIEWS[network.settings.tta] if network.mirror or not view[2]]
 
 
 def mean_logits(network, images):
     """Average the logits of a few images over the views, all seen at once."""
-    *places, weights = zip(*views_of(network))
+    views = [view for view in VIEWS[network.settings.tta] if network.mirror or not view[2]]
+    *places, weights = zip(*views)
     each = torch.arange(images.shape[0], device=images.device)  # len would be fixed by an export
     seen = torch.cat([
         crop_and_flip(images, each, *(torch.full_like(each, value) for value in place), "reflect")
@@ -431,45 +484,80 @@ def mean_logits(network, images):
     return sum(weight / sum(weights) * part for weight, part in zip(weights, logits))
 
 
-def average_probs(networks, images):
-    """Mean probabilities (n, classes), weighted by validation accuracy if all networks have it."""
+def probabilities(network, images):
+    """Probabilities of the classes, float32 (n, classes); ``images`` as `predict` takes them."""
+    return (predict(network, images) / network.temperature).softmax(1)
+
+
+def average(networks, probs):
+    """Mean of the networks' probabilities, weighted by validation accuracy if all have it."""
     weights = [validation_accuracy(network) for network in networks]
-    weights = np.ones(len(networks)) if None in weights else np.array(weights)
-    probs = [predict(network, images).softmax(1) for network in networks]
-    return sum(w * p for w, p in zip((weights / weights.sum()).tolist(), probs)).cpu().numpy()
+    weights = None if None in weights else weights
+    return np.average(probs, axis=0, weights=weights).astype(np.float32)
 
 
 def validation_accuracy(network):
-    """Accuracy of the kept epoch on held-out training images, None where none are held out."""
-    row = network.history[best_epoch(network.history) - 1]
-    return row["eval_accuracy"] if row["eval_split"] == "val" else None
+    """Accuracy of the kept epoch on validation images, None where there are none."""
+    share = network.kept["val_accuracy"]
+    return None if network.settings.select_on != "val" or math.isnan(share) else share
 
 
 @dataclass(frozen=True)
 class Result:
-    """What the networks do with images that they have never seen."""
+    """What the networks do with images that they were not trained on."""
 
     networks: list
     data: Data
+    split: str  # "test" or "val": which images
     metrics: dict  # as in metrics.json
-    labels: np.ndarray  # int64 (n,), of the test images
-    probs: np.ndarray  # float32 (n, classes)
-    preds: np.ndarray  # the likeliest class of each, int64 (n,)
+    labels: np.ndarray  # int64 (n,), of the images
+    each: list  # of each network the probabilities, float32 (n, classes)
+    probs: np.ndarray  # float32 (n, classes), their average
+    firing: dict  # of the first network, on training images, as `firing` returns it
+
+    @property
+    def images(self):
+        """The images, uint8 (n, 32, 32, 3), on the CPU."""
+        return (self.data.test if self.split == "test" else self.data.valid).images.cpu()
+
+    @property
+    def preds(self):
+        """The likeliest class of each image, int64 (n,)."""
+        return self.probs.argmax(1)
+
+    @property
+    def sure(self):
+        """The probability of that class, float32 (n,)."""
+        return self.probs.max(1)
+
+    @property
+    def name(self):
+        """What the images are called."""
+        return f"{SPLITS[self.split]} images"
 
 
-def evaluate(networks, data):
+def evaluate(networks, data, split="test"):
     """Judge a network, or the average of several: here, at the end, the test images are used."""
     for network in networks:
         network.model.to(network.settings.device, memory_format=torch.channels_last)
-    labels, probs = data.test.labels.cpu().numpy(), average_probs(networks, data.test.images)
-    metrics = describe(networks, data)
+    judged, seen = data.test if split == "test" else data.valid, data.train[:10_000]
+    labels, logits = judged.labels.cpu().numpy(), [predict(n, judged.images) for n in networks]
+    each = [(z / n.temperature).softmax(1).cpu().numpy() for n, z in zip(networks, logits)]
+    probs = average(networks, each)
+    metrics = describe(networks, data) | {"split": split}
     metrics |= {name: metric(labels, probs, data.classes) for name, metric in METRICS.items()}
-    seen = data.train[:10_000]
-    right = average_probs(networks, seen.images).argmax(1) == seen.labels.cpu().numpy()
-    metrics |= {"train_accuracy": right.mean()}
-    metrics["verdict"] = verdict(right.mean(), metrics["test_accuracy"])
+    raw = average(networks, [z.softmax(1).cpu().numpy() for z in logits])
+    metrics["as_trained"] = {k: METRICS[k](labels, raw, data.classes) for k in CONFIDENCE}
+    found = average(networks, [probabilities(n, seen.images).cpu().numpy() for n in networks])
+    metrics["train_accuracy"] = accuracy(seen.labels.cpu().numpy(), found, data.classes)
+    metrics["verdict"] = verdict(metrics["train_accuracy"], metrics["accuracy"])
+    fires = firing(networks[0], seen.images)
+    metrics["silent_units"] = {name: [s.count(0), len(s)] for name, s in fires.items()}
+    metrics["runs"] = describe_runs(networks, [accuracy(labels, p, data.classes) for p in each])
+    if len(each) == 2:
+        metrics["comparison"] = compare(labels, *each, data.classes)
     metrics["suggestions"] = suggestions(networks)
-    return Result(networks, data, metrics, labels, probs, probs.argmax(1))
+    return Result(networks, data, split, metrics, labels, each, probs, fires)
 
 
 # %% The data sets
@@ -860,7 +948,119 @@ def average_of(training):
     return AveragedModel(training.model, multi_avg_fn=update, use_buffers=True)
 
 
-# %% 5. to 7. Metrics and report
+# %% While it learns: the rows of monitor.csv
+
+WATCHED = 16  # validation images whose guesses are shown
+
+
+def norms_of(training, gradients):
+    """Norms of each layer: mean over the steps of that of its gradient, and of its weights."""
+    means = zip(training.layers, (gradients / training.steps).tolist())
+    norms = {f"gradient_{name}": mean for name, mean in means}
+    weights = training.layers.items()
+    return norms | {f"weight_{name}": values.norm().item() for name, values in weights}
+
+
+def silent_shares(training, images):
+    """Share of the units of each ReLU that fire for none of the first thousand ``images``."""
+    fires = firing(training.network, images[:1000])
+    return {f"silent_{name}": shares.count(0) / len(shares) for name, shares in fires.items()}
+
+
+def guesses(logits, classes):
+    """The likeliest class of each image and its probability."""
+    sure, preds = logits.softmax(1).max(1)
+    row = {}
+    for i, (share, pred) in enumerate(zip(sure.tolist(), preds.tolist()), 1):
+        row |= {f"image_{i}": classes[pred], f"confidence_{i}": share}
+    return row
+
+
+# %% Looking inside
+
+
+@contextmanager
+def watching(layers, see):
+    """Have ``see(name, output)`` called in each forward pass for each of ``layers``, by name."""
+
+    def hook(name):
+        return lambda layer, inputs, output: see(name, output)
+
+    hooks = [layer.register_forward_hook(hook(name)) for name, layer in layers.items()]
+    try:
+        yield
+    finally:
+        for handle in hooks:
+            handle.remove()
+
+
+def firing(network, images):
+    """Share of images for which each unit of each ReLU is above zero, a list by layer.
+
+    (A unit of a map fires where any of its places does; without the network's views.)
+    """
+    layers = {n: m for n, m in network.model.named_modules() if isinstance(m, nn.ReLU)}
+    plain = replace(network, settings=replace(network.settings, tta="none"))
+    fired = {}
+
+    def see(name, output):
+        fires = (output.reshape(*output.shape[:2], -1) > 0).any(2)  # (b, units)
+        fired[name] = fired.get(name, 0) + fires.sum(0)
+
+    with watching(layers, see):
+        if layers:
+            predict(plain, images)
+    return {name: (count / len(images)).tolist() for name, count in fired.items()}
+
+
+def maps_of(network, image, smallest=4):
+    """What the layers, pools aside, make of an image (1, h, w, 3): maps (d, h, w) by name."""
+    model, maps = network.model.eval(), {}
+    layers = {n: m for n, m in model.named_modules() if "Pool" not in type(m).__name__}
+
+    def see(name, output):
+        if output.ndim == 4 and min(output.shape[2:]) >= smallest:
+            maps.pop(name, None)  # in the order in which they end
+            maps[name] = output[0].float().cpu()
+
+    with watching(layers, see), torch.no_grad():
+        model(normalise(image.to(network.settings.device), network.mean, network.std))
+    return maps
+
+
+def grad_cam(network, images, labels, elementwise=False):
+    """Where the evidence for a class lies: Grad-CAM (Selvaraju et al. 2017).
+
+    The maps of the last layer that has any of at least 4x4, weighed by the mean slope of the
+    class's logit in each map; ``elementwise`` by its slope in each place (HiResCAM, Draelos
+    and Carin 2020, arXiv 2011.08891), which shows only places that count.
+
+    Parameters
+    ----------
+    images : Tensor of uint8, shape (n, h, w, 3)
+    labels : Tensor of int64, shape (n,)
+        The class to look for in each image.
+
+    Returns
+    -------
+    Tensor of float32, shape (n, h, w), or None where the network has no such maps
+        From 0, for no evidence, to 1, the most in an image.
+    """
+    if not (names := list(maps_of(network, images[:1]))):
+        return None
+    model, seen = network.model.eval(), {}
+    images = normalise(images.to(network.settings.device), network.mean, network.std)
+    with torch.enable_grad(), watching({"maps": model.get_submodule(names[-1])}, seen.__setitem__):
+        logits = model(images.requires_grad_())
+        wanted = logits.gather(1, labels.to(logits.device)[:, None]).sum()
+        (slope,) = torch.autograd.grad(wanted, seen["maps"])
+    weights = slope if elementwise else slope.mean((2, 3), keepdim=True)
+    cam = (weights * seen["maps"]).sum(1, keepdim=True).relu().detach()
+    cam = F.interpolate(cam, images.shape[2:], mode="bilinear")[:, 0]
+    return (cam / cam.amax((1, 2), keepdim=True).clamp(min=1e-9)).cpu()
+
+
+# %% 5. to 8. Metrics and report
 
 
 def accuracy(labels, probs, classes):
@@ -876,10 +1076,40 @@ def accuracy_interval(labels, probs, classes, z=1.96):
     return center - half, center + half
 
 
-def class_accuracy(labels, probs, classes):
-    """Accuracy on the images of each class, by its name."""
-    right = probs.argmax(1) == labels
-    return {name: right[labels == i].mean() for i, name in enumerate(classes)}
+def per_class(labels, probs, classes):
+    """Recall (the accuracy on its images), precision and F1 of each class, by its name."""
+    from sklearn.metrics import precision_recall_fscore_support
+
+    how = {"labels": range(len(classes)), "zero_division": 0}
+    precision, recall, f1, _ = precision_recall_fscore_support(labels, probs.argmax(1), **how)
+    names = ("recall", "precision", "f1")
+    return {k: dict(zip(names, row)) for k, *row in zip(classes, recall, precision, f1)}
+
+
+def loss_of(labels, probs, classes):
+    """Mean negative log-likelihood in nats; at most that of a probability of 1e-30."""
+    return -np.log(probs[np.arange(len(labels)), labels].clip(1e-30)).mean(dtype=float)
+
+
+def calibration(labels, probs, classes):
+    """How far confidence, the largest probability, is from the share that is right."""
+    return utils.calibration(*by_confidence(labels, probs), seed=0)
+
+
+def by_confidence(labels, probs):
+    """Each confidence that occurs, its number of images and of right guesses."""
+    sure, index, count = np.unique(
+        probs.max(1).clip(0, 1), return_inverse=True, return_counts=True
+    )
+    right = np.bincount(index, probs.argmax(1) == labels, len(sure))
+    return sure, count, right.astype(np.int64)
+
+
+def coverage(labels, probs):
+    """Share of the images that are answered, the surest first, and the accuracy on them."""
+    right = (probs.argmax(1) == labels)[np.argsort(-probs.max(1), kind="stable")]
+    answered = np.arange(1, len(right) + 1)
+    return answered / len(right), right.cumsum() / answered
 
 
 def confused_pairs(labels, probs, classes, most=3):
@@ -894,11 +1124,15 @@ def confused_pairs(labels, probs, classes, most=3):
 
 
 METRICS = {  # functions of labels (n,), probs (n, classes) and the classes' names
-    "test_accuracy": accuracy,
-    "test_accuracy_interval": accuracy_interval,
-    "per_class_accuracy": class_accuracy,
+    "accuracy": accuracy,
+    "accuracy_interval": accuracy_interval,
+    "per_class": per_class,
     "confused_pairs": confused_pairs,
+    "loss": loss_of,
+    "calibration": calibration,
 }
+CONFIDENCE = ("loss", "calibration")  # what a temperature changes
+SPLITS = {"test": "test", "val": "validation"}
 VERDICTS = {  # what the accuracy on training images and the gap to the test images say
     "hardly learned": "It has hardly learned: try another --lr or more epochs.",
     "memorises": "It memorises: more regularisation or augmentation should help.",
@@ -907,7 +1141,7 @@ VERDICTS = {  # what the accuracy on training images and the gap to the test ima
     "underfits": "Hardly a gap: it underfits; a larger network or more epochs should help.",
 }
 CHOSEN = {
-    "val": "chosen on held-out training images",
+    "val": "chosen on validation images",
     "last": "the last one",
     "test": "chosen on these same images, so this number is optimistic",
 }
@@ -921,19 +1155,65 @@ def verdict(train, test):
 
 def describe(networks, data):
     """What metrics.json says of the runs themselves."""
-    settings, histories = networks[0].settings, [network.history for network in networks]
+    settings, seconds = networks[0].settings, sum(network.seconds for network in networks)
     keys = ("dataset", "preset", "seed", "device", "precision", "epochs", "select_on")
-    seconds = sum(row["seconds"] for history in histories for row in history)
-    kept = [best_epoch(history) for history in histories]
+    of_each = {
+        "best_epoch": [network.kept["epoch"] for network in networks],
+        "val_accuracy": [validation_accuracy(network) for network in networks],
+        "temperature": [network.temperature for network in networks],
+    }
+    one = len(networks) == 1
     return {key: getattr(settings, key) for key in keys} | {
         "machine": utils.describe_machine(settings.device),
         "networks": len(networks),
         "versions": [network.version for network in networks],
         "parameters": sum(network.n_parameters for network in networks),
-        "best_epoch": kept[0] if len(kept) == 1 else kept,
-        "val_accuracy": validation_accuracy(networks[0]) if len(kept) == 1 else None,
+        **{key: values[0] if one else values for key, values in of_each.items()},
         "train_seconds": seconds,
-        "images_per_second": len(data.train) * sum(map(len, histories)) / seconds,
+        "images_per_second": len(data.train) * sum(len(n.history) for n in networks) / seconds,
+    }
+
+
+def describe_runs(networks, accuracies):
+    """Of each of several runs the results, and the settings in which they differ."""
+    settings = [asdict(network.settings) for network in networks]
+    differ = [key for key in settings[0] if len({each[key] for each in settings}) > 1]
+    runs = zip(networks, accuracies, settings)
+    return [
+        {
+            "run": str(network.path),
+            "accuracy": share,
+            "seconds": network.seconds,
+            "parameters": network.n_parameters,
+            "settings": {key: values[key] for key in differ},
+        }
+        for network, share, values in runs
+        if len(networks) > 1
+    ]
+
+
+def compare(labels, first, second, classes):
+    """Compare two networks on the same images by their probabilities, second minus first.
+
+    The interval of the difference in accuracy is that of Agresti and Min 2005: Wald's, with half
+    an image more in each cell of the table.
+    """
+    from scipy.stats import binomtest  # comes with scikit-learn
+
+    right = [probs.argmax(1) == labels for probs in (first, second)]
+    only = [np.flatnonzero(right[i] & ~right[1 - i]) for i in (0, 1)]
+    lost, won, n = len(only[0]), len(only[1]), len(labels) + 2
+    middle = (won - lost) / n
+    half = 1.96 * math.sqrt((won + lost + 1) / n - middle**2) / math.sqrt(n)
+    gain = right[1].astype(float) - right[0]
+    points = [(classes[i], gain[labels == i].mean()) for i in np.unique(labels)]
+    return {
+        "difference": gain.mean(),
+        "interval": (middle - half, middle + half),
+        "p": binomtest(won, won + lost).pvalue if won + lost else 1.0,  # McNemar's
+        "classes": sorted(points, key=lambda point: -abs(point[1])),
+        "only_first": only[0],
+        "only_second": only[1],
     }
 
 
@@ -953,8 +1233,8 @@ def introduce(training):
 
 def row_text(row):
     """An epoch's row of the table; without an evaluation it has dashes."""
-    held = f"{row['eval_loss']:>10.4f} {row['eval_accuracy']:>9.2%}"
-    held = f"{'-':>10} {'-':>9}" if row["eval_split"] == "none" else held
+    held = f"{row['val_loss']:>10.4f} {row['val_accuracy']:>9.2%}"
+    held = f"{'-':>10} {'-':>9}" if math.isnan(row["val_loss"]) else held
     seen = f"{row['train_loss']:>11.4f} {row['train_accuracy']:>10.2%}"
     return f"  {row['epoch']:>5} {row['lr']:>10.6f} {seen} {held} {row['seconds']:>8.1f}"
 
@@ -989,41 +1269,105 @@ def suggestions(networks, most=10):
 
 
 def report(result):
-    """Steps 4 to 7: what was reached, where it errs, and what to try next."""
-    metrics, data = result.metrics, result.data
-    low, high = metrics["test_accuracy_interval"]
-    say("", f"4. Result on the {len(data.test):,} test images of {data.name}")
+    """Steps 4 to 8: what was reached, where it errs, how sure it is, and what to try next."""
+    metrics = result.metrics
+    low, high = metrics["accuracy_interval"]
+    say("", f"4. Result on the {len(result.labels):,} {result.name} of {result.data.name}")
     tell(
-        f"Test accuracy {metrics['test_accuracy']:.2%} (95% interval {low:.2%} to {high:.2%}) "
-        f"{choice_text(result)}."
+        f"{SPLITS[result.split].title()} accuracy {metrics['accuracy']:.2%} "
+        f"(95% interval {low:.2%} to {high:.2%}) {choice_text(result)}."
     )
-    seen, gap = metrics["train_accuracy"], metrics["train_accuracy"] - metrics["test_accuracy"]
+    seen, gap = metrics["train_accuracy"], metrics["train_accuracy"] - metrics["accuracy"]
     tell(
         f"On training images (10,000 at most, not augmented) {seen:.2%}: {100 * gap:+.2f} points. "
         + VERDICTS[metrics["verdict"]]
     )
-    say("", "5. Accuracy of each class")
-    wide = max(12, *map(len, data.classes))
-    for name, share in sorted(metrics["per_class_accuracy"].items(), key=lambda item: item[1]):
-        say(f"  {name:<{wide}} {share:>7.1%}  {'#' * round(40 * share)}")
+    for layer, shares in result.firing.items():
+        if 0 in shares:
+            tell(f"{silent_text(layer, shares)} on training images, and so learn nothing.")
+    for run in metrics["runs"]:
+        tell(run_text(run))
+    if "comparison" in metrics:
+        tell_comparison(metrics["comparison"], result)
+    say("", "5. Each class            recall  precision     F1")
+    for name, found in sorted(metrics["per_class"].items(), key=lambda item: item[1]["recall"]):
+        shares = f"{found['recall']:>7.1%} {found['precision']:>10.1%} {found['f1']:>6.1%}"
+        say(f"  {name:<20.20} {shares}  {'#' * round(25 * found['recall'])}")
     say("", "6. What is confused")
     if not metrics["confused_pairs"]:
-        say("  Nothing: every test image is classified correctly.")
+        say("  Nothing: every image is classified correctly.")
     for first, second, count in metrics["confused_pairs"]:
-        say(f"  {first} and {second}: {count} images of one taken for the other")
-    say("", "7. What to try next")
+        say(f"  {first} taken for {second} or the other way round: {count:,} times")
+    say("", "7. Can its confidence be trusted?")
+    tell_confidence(result)
+    say("", "8. What to try next")
     tell_suggestions(metrics["suggestions"])
+
+
+def silent_text(layer, shares):
+    """Say how many units of a layer are silent."""
+    return f"{shares.count(0)} of the {len(shares)} units of {called(layer)} never fire"
+
+
+def called(layer):
+    """What to call a layer, which may be a number."""
+    return f"layer {layer}" if layer.isdigit() else layer
 
 
 def choice_text(result):
     """Say which epoch or which networks the accuracy is of, and how they were chosen."""
-    select_on, n = result.networks[0].settings.select_on, len(result.networks)
-    if n > 1:
-        weighed = None not in map(validation_accuracy, result.networks)
-        text = f"with the average of {n} networks" + ", weighted by validation accuracy" * weighed
-        tests = [network.settings.select_on == "test" for network in result.networks]
-        return text + "; epochs were chosen on these same images: optimistic" * any(tests)
-    return f"with epoch {result.metrics['best_epoch']}, {CHOSEN[select_on]}"
+    chosen_on, n = [network.settings.select_on for network in result.networks], len(result.each)
+    how = CHOSEN["test" if result.split in chosen_on else chosen_on[0]]
+    if n == 1:
+        return f"with epoch {result.metrics['best_epoch']}, {how}"
+    weighed = None not in map(validation_accuracy, result.networks)
+    text = f"with the average of {n} networks" + ", weighted by validation accuracy" * weighed
+    return text + f"; epochs were {how}" * (result.split in chosen_on)
+
+
+def run_text(run):
+    """One of several runs: what it reached, and in which settings it differs."""
+    about = f"{run['accuracy']:.2%}, {run['seconds']:.0f} s, {run['parameters']:,} parameters"
+    return f"{run['run']}: {about}. {flags_text(run['settings'])}".strip()
+
+
+def tell_comparison(found, result):
+    """Print how the second of two networks differs from the first."""
+    low, high = (100 * end for end in found["interval"])
+    only = found["only_first"], found["only_second"]
+    tell(
+        f"The second is right on {100 * found['difference']:+.2f} points of the images (95% "
+        f"interval {low:+.2f} to {high:+.2f}; McNemar's exact p = {found['p']:.2g}): "
+        f"{len(only[0]):,} images only the first gets right, {len(only[1]):,} only the second. "
+        + ("These images cannot tell them apart." if low <= 0 <= high else "")
+    )
+    most = ", ".join(f"{name} {100 * points:+.1f}" for name, points in found["classes"][:3])
+    tell(f"They differ most in recall of: {most} points.")
+    if result.split == "test":
+        tell("Whoever picks the better one by these numbers should judge it on other images.")
+
+
+def tell_confidence(result):
+    """Print how far the probabilities are off, and what withholding the least sure buys."""
+    metrics, before = result.metrics, result.metrics["as_trained"]
+    temper = " and ".join(f"{network.temperature:.2f}" for network in result.networks)
+    after = metrics["calibration"]
+    low, high = after["ece_by_chance"]
+    if all(network.temperature == 1 for network in result.networks):
+        tell("No validation images are left to fit a temperature on: this is as trained.")
+    else:
+        tell(
+            f"As trained, its confidence is off by {before['calibration']['ece']:.3f} on average "
+            f"and its loss is {before['loss']:.4f}. At temperature {temper}, fitted on validation "
+            "images, as used from here on:"
+        )
+    tell(
+        f"It is off by {after['ece']:.3f} (calibrated confidence: {low:.3f} to {high:.3f} by "
+        f"chance), and the loss is {metrics['loss']:.4f}."
+    )
+    answered, right = coverage(result.labels, result.probs)
+    half = right[np.searchsorted(answered, 0.5)]
+    tell(f"On the half of the images that it is surest of, {half:.1%} are right.")
 
 
 def tell_suggestions(rows):
@@ -1076,20 +1420,33 @@ def save(training, folder):
     """
     history = training.history
     about = {"machine": utils.describe_machine(training.settings.device)}
-    stale = ["metrics.json", "test_scores.csv", "model.pt2", "model.onnx"]
-    stale += [*[f"{name}.png" for name in FIGURES]]
-    stale += ["best.pt", "last.pt"] * (len(history) == 1)  # of a run that this one replaces
-    for name in stale:
+    clear(folder)
+    gone = ["best.pt", "last.pt"] * (len(history) == 1)  # of a run that this one replaces
+    for name in [*gone, "model.pt2", "model.onnx"]:
         (folder / name).unlink(missing_ok=True)
     config = config_of(training.settings, training.data.classes)
     utils.write_json(folder / "config.json", config | about)
-    columns = {key: [row[key] for row in history] for key in history[0]}
-    utils.write_csv(folder / "history.csv", columns)
+    rows = [{k: v for k, v in row.items() if k != "monitor"} for row in history]
+    monitor = [{"epoch": row["epoch"]} | row["monitor"] for row in history]
+    utils.write_csv(folder / "history.csv", columns_of(rows))
+    utils.write_csv(folder / "monitor.csv", columns_of(monitor))
     about |= contents(training.network) | {"data_md5": training.data.md5}
     parts = {name: part.state_dict() for name, part in training.parts.items()}
     utils.save_checkpoint(folder / "last.pt", **about | parts)
     if best_epoch(history) == len(history):
         utils.save_checkpoint(folder / "best.pt", **about)
+
+
+def clear(folder):
+    """Delete what was made of earlier results: no file is of another network than the rest."""
+    results = ["metrics.json", "comparison.json", *(f"{split}_scores.csv" for split in SPLITS)]
+    for name in [*results, *(f"{name}.png" for name in FIGURES)]:
+        (folder / name).unlink(missing_ok=True)
+
+
+def columns_of(rows):
+    """A table, a list of dicts, by columns."""
+    return {key: [row[key] for row in rows] for key in rows[0]}
 
 
 ABOUT = ("classes", "mean", "std", "mirror", "history")  # of a network, beside weights and config
@@ -1104,7 +1461,7 @@ def contents(network):
 
 def load_network(path):
     """Load a trained network from best.pt, or from the run in a folder, onto the CPU."""
-    path = Path(path, "best.pt") if Path(path).is_dir() else path
+    path = Path(path, "best.pt") if Path(path).is_dir() else Path(path)
     stored = utils.load_checkpoint(path)
     if "optimizer" in stored:
         raise UserError(f"{path} is a training to resume, not the network it keeps: name best.pt")
@@ -1114,10 +1471,39 @@ def load_network(path):
         about = {key: stored[key] for key in ABOUT}
         version = {key: stored.get(key) for key in ("config", "data_md5", "machine")}
         version = {"sha256": utils.sha256_of(path)} | version
-        return Network(model, settings_of(stored["config"]), **about, version=version)
+        return Network(model, settings_of(stored["config"]), **about, path=path, version=version)
     except (RuntimeError, KeyError, TypeError, ValueError) as error:
         text = f"{path} is of another architecture or version ({error}): train again"
         raise UserError(text) from error
+
+
+def write_events(training, folder):
+    """Write an epoch for TensorBoard: what monitor.csv holds, and histograms of the weights."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    row, valid = training.history[-1], training.data.valid
+    epoch = row["epoch"]
+    with SummaryWriter(folder / "tensorboard", purge_step=epoch) as writer:  # of an older run
+        for name, value in (row | row["monitor"]).items():
+            if isinstance(value, float) and not math.isnan(value):
+                kind, _, layer = name.partition("_")
+                writer.add_scalar(f"{kind}/{layer or kind}", value, epoch)
+        for name, weights in training.layers.items():
+            writer.add_histogram(name, weights.detach().cpu(), epoch)
+        if training.settings.select_on == "val" and len(valid):
+            writer.add_images("images", valid.images[:WATCHED].cpu(), epoch, dataformats="NHWC")
+            guesses = (row["monitor"][f"image_{i + 1}"] for i in range(len(valid[:WATCHED])))
+            writer.add_text("guesses", ", ".join(guesses), epoch)
+
+
+def write_outcome(result, folder):
+    """Write the settings with what they led to for TensorBoard."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    (network,) = result.networks
+    values = {k: v for k, v in result.metrics.items() if isinstance(v, float)}
+    with SummaryWriter(folder / "tensorboard") as writer:
+        writer.add_hparams(asdict(network.settings), values, run_name=".")
 
 
 def restore(training, state, folder):
@@ -1158,10 +1544,9 @@ def finished_runs(a):
     if len({path.resolve() for path in a.evaluate}) < len(a.evaluate):
         raise UserError("--evaluate: the same run is there twice, so leave one out")
     networks = [load_network(path) for path in a.evaluate]
-    if set(a.given) - MACHINE:
-        raise UserError("--evaluate takes the settings of the runs: leave other options out")
-    how = {"device": "auto", "threads": 0} | a.given
-    here = prepare_machine(replace(networks[0].settings, **how))
+    if a.split == "val" and None in map(validation_accuracy, networks):
+        raise UserError("--split val: not all of these runs have validation images: leave it out")
+    here = settings_here(a, networks[0])
     data = load_data(here, a.data_dir)
     say("", f"2. The networks: {len(networks)}")
     for i, network in enumerate(networks):
@@ -1180,6 +1565,12 @@ def finished_runs(a):
     return networks, data, utils.output_folder(folder)
 
 
+def settings_here(a, network):
+    """A network's settings, but with the device, precision and threads asked for."""
+    how = {"device": "auto", "threads": 0} | a.given
+    return prepare_machine(replace(network.settings, **how))
+
+
 def how_to_continue(training, folder):
     """The text that Ctrl-C leaves."""
     done, epochs = len(training.history), training.settings.epochs
@@ -1191,12 +1582,16 @@ def how_to_continue(training, folder):
 
 
 def save_result(result, folder):
-    """Write metrics.json, and test_scores.csv: label and class probabilities of each image."""
-    say("", f"8. Files in {folder}")
+    """Write metrics.json and, of each image, label and class probabilities."""
+    say("", f"9. Files in {folder}")
+    clear(folder)
     labels = [result.data.classes[label] for label in result.labels]
     columns = {name: result.probs[:, i].astype(str) for i, name in enumerate(result.data.classes)}
-    utils.write_csv(folder / "test_scores.csv", {"label": labels} | columns)
-    utils.write_json(folder / "metrics.json", result.metrics)
+    utils.write_csv(folder / f"{result.split}_scores.csv", {"label": labels} | columns)
+    metrics = dict(result.metrics)
+    if comparison := metrics.pop("comparison", None):
+        utils.write_json(folder / "comparison.json", comparison)
+    utils.write_json(folder / "metrics.json", metrics)
     say(*(f"  {path.name}" for path in sorted(folder.iterdir()) if path.suffix != ".png"))
 
 
@@ -1210,61 +1605,188 @@ def plot_samples(plt, result, rows=4, columns=8):
         images, targets = next(batches(data, settings, epoch=1, size=rows * columns))
     labels = targets.argmax(1) if targets.ndim == 2 else targets
     images = images.permute(0, 2, 3, 1).cpu() * torch.tensor(data.std) + torch.tensor(data.mean)
-    figure = image_grid(plt, images.clamp(0, 1), rows, columns)
-    figure.suptitle(f"{data.name}: training images as the network sees them, new in each epoch")
-    for axes, label in zip(figure.axes, labels.tolist()):
-        axes.set_title(data.classes[label], fontsize=9, loc="center")
-    return figure
+    names = [(data.classes[label], utils.BLACK) for label in labels.tolist()]
+    title = f"{data.name}: training images as the network sees them, new in each epoch"
+    return image_grid(plt, images.clamp(0, 1), names, columns, title)
 
 
-def image_grid(plt, images, rows, columns):
-    """A figure with an image in each of its axes."""
+def image_grid(plt, images, captions, columns, title):
+    """A figure of images (n, h, w, 3), above each its caption, a text and a colour."""
+    rows = -(-len(images) // columns)
     figure, grid = plt.subplots(rows, columns, figsize=(columns * 1.2, rows * 1.45))
-    for axes, image in zip(grid.flat, images):
+    for axes, image, (text, color) in zip(grid.flat, images, captions):
         axes.imshow(image.numpy(), interpolation="nearest")
+        axes.set_title(text, fontsize=9, loc="center", color=color)
     for axes in grid.flat:
         axes.set_axis_off()
+    figure.suptitle(title)
     return figure
+
+
+def captions(result, chosen):
+    """Of each chosen image the guess and its confidence; below it the truth if it is wrong."""
+    texts, classes = [], result.data.classes
+    for label, pred, sure in zip(result.labels[chosen], result.preds[chosen], result.sure[chosen]):
+        text = f"{classes[pred]}: {sure:.0%}"
+        wrong = f"{text}\nis {classes[label]}", utils.RED
+        texts.append((text, utils.BLUE) if label == pred else wrong)
+    return texts
+
+
+def picked(result, right, n):
+    """Up to ``n`` images at random among those guessed right, or wrong."""
+    rng = np.random.default_rng(derive_seed(result.networks[0].settings.seed, PLOTS))
+    return rng.permutation(np.flatnonzero((result.preds == result.labels) == right))[:n]
+
+
+KEY = "guess: its probability / is: the true class"
+
+
+def handicap(settings):
+    """What makes training images harder than others while the network learns from them."""
+    options = ("crop_padding", "cutout", "mixup")
+    augmented = settings.flip != "none" or any(getattr(settings, name) for name in options)
+    return " and ".join(["augmentation"] * augmented + ["dropout"] * (settings.dropout > 0))
 
 
 def plot_history(plt, result):
     """Draw loss, accuracy and learning rate against the epoch, a line for each network."""
-    figure, (loss, share, lr) = plt.subplots(1, 3, figsize=(12, 4))
+    figure, (loss, share, lr) = plt.subplots(1, 3, figsize=(12, 4.5))
+    first = result.networks[0]
+    harder = handicap(first.settings)
+    lines = [
+        ("train", "o-", utils.BLUE, "training" + f" (with {harder})" * bool(harder)),
+        (
+            "val",
+            "s--",
+            utils.ORANGE,
+            "test" if first.settings.select_on == "test" else "validation",
+        ),
+    ]
     for network in result.networks:
-        column = {key: [row[key] for row in network.history] for key in network.history[0]}
-        epochs, split = column["epoch"], column["eval_split"][0]
-        for axes, key in ((loss, "loss"), (share, "accuracy")):
-            once = axes is loss and network is result.networks[0]  # in the legend
-            label = "training (augmented, with dropout)" if once else None
-            axes.plot(epochs, column[f"train_{key}"], "o-", color=utils.BLUE, label=label)
-            if split != "none":
-                label = {"val": "validation", "test": "test"}[split] if once else None
-                axes.plot(epochs, column[f"eval_{key}"], "s--", color=utils.ORANGE, label=label)
-        lr.plot(epochs, column["lr"], "o-", drawstyle="steps-post", color=utils.RED)
-    loss.set_ylabel("cross-entropy")
+        column, named = columns_of(network.history), network is first
+        for name, style, color, label in lines:
+            if not math.isnan(network.kept[f"{name}_loss"]):
+                how = {"color": color, "label": label if named else None}
+                loss.plot(column["epoch"], column[f"{name}_loss"], style, **how)
+                share.plot(column["epoch"], column[f"{name}_accuracy"], style, color=color)
+        for axes in (loss, share):
+            label = "epoch that is kept" if named and axes is loss else None
+            axes.axvline(network.kept["epoch"], color=utils.GREEN, ls=":", label=label)
+        lr.plot(column["epoch"], column["lr"], "o-", drawstyle="steps-post", color=utils.RED)
+    loss.set_ylabel("cross-entropy (nats)")
     share.set_ylabel("accuracy")
     lr.set(ylabel="learning rate (start of epoch)", ylim=(0, None))
-    for axes in figure.axes:
-        axes.set_xlabel("epoch")
-        axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
-    share = f"{result.metrics['test_accuracy']:.1%}"
-    figure.suptitle(f"{result.data.name}: {share} of the test images are classified correctly")
+    epoch_axes(figure)
+    title = f"{result.data.name}: {result.metrics['accuracy']:.1%} of the {result.name} are right"
+    if harder and all(n.kept["val_accuracy"] > n.kept["train_accuracy"] for n in result.networks):
+        title += f"; training lies lower, since {harder} act on it alone"
+    figure.suptitle(title)
     return figure
 
 
-def plot_classes(plt, result):
-    """Draw the test accuracy of each class, the worst on top."""
-    shares = sorted(result.metrics["per_class_accuracy"].items(), key=lambda item: -item[1])
-    (best, _), *_, (worst, _) = shares
-    mean = 100 * result.metrics["test_accuracy"]
-    figure, axes = plt.subplots(figsize=(8, max(5, 0.25 * len(shares))))
-    axes.barh([f"{k}  {v:.1%}" for k, v in shares], [100 * v for _, v in shares], color=utils.BLUE)
-    axes.axvline(mean, color=utils.RED, ls="--")
-    axes.set(
-        xlabel="test accuracy (%); dashed: all classes",
-        xlim=(0, 100),
-        title=f"{result.data.name}: {mean:.1f}% overall; {worst} is hardest, {best} is easiest",
+def epoch_axes(figure):
+    """Have whole epochs on the axes that run to the right."""
+    for axes in figure.axes:
+        axes.set_xlabel("epoch")
+        axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+
+
+def plot_monitor(plt, result):
+    """Draw norms of gradients and weights and the share of silent units against the epoch."""
+    history = result.networks[0].history
+    rows = columns_of([row["monitor"] for row in history])
+    texts = {
+        "gradient": "norm of the gradient (mean over steps)",
+        "weight": "norm of the weights",
+        "silent": "share of units that never fire",
+    }
+    figure, grid = plt.subplots(1, 3, figsize=(12, 4.5))
+    for axes, (kind, text) in zip(grid, texts.items()):
+        layers = [key for key in rows if key.startswith(kind)]
+        for i, key in enumerate(layers):
+            how = {"color": utils.OKABE_ITO.split()[i % 7], "marker": "osD^v<>"[i % 7]}
+            if kind != "weight" and (len(layers) < 7 or i in (0, len(layers) - 1)):
+                what = {"gradient": "gradient and weights", "silent": "silent units"}[kind]
+                how["label"] = f"{called(key.partition('_')[2])}: {what}"
+            axes.plot(range(1, len(history) + 1), rows[key], "--" * (kind == "silent"), **how)
+        axes.set(ylabel=text, ylim=(0, 1 if kind == "silent" else None))
+        if not layers:
+            axes.text(0.5, 0.5, "it has no ReLU", ha="center", transform=axes.transAxes)
+    epoch_axes(figure)
+    ends = [
+        max(r[k] for k in r if k.startswith("gradient"))
+        for r in (history[i]["monitor"] for i in (0, -1))
+    ]
+    figure.suptitle(
+        f"{result.data.name}: the largest gradient {'grows' if ends[1] > ends[0] else 'shrinks'}, "
+        f"from {ends[0]:.2g} in the first epoch to {ends[1]:.2g} in the last"
     )
+    return figure
+
+
+def plot_strip(plt, result):
+    """Draw what the network took a few validation images for after each epoch."""
+    network, classes = result.networks[0], result.data.classes
+    if validation_accuracy(network) is None:
+        return None
+    shown = result.data.valid[:WATCHED]
+    labels, places = [classes[label] for label in shown.labels.tolist()], range(len(shown))
+    history = network.history[:: -(-len(network.history) // 10)]  # at most ten of the epochs
+    figure, grid = plt.subplots(2, len(shown), figsize=(12.8, 7.2), height_ratios=(1, 6))
+    for axes, image, label in zip(grid[0], shown.images.cpu(), labels):
+        axes.imshow(image.numpy())
+        axes.set_title(label, fontsize=8, loc="center")
+        axes.set_axis_off()
+    axes = below(figure, grid)
+    sure = np.array([[row["monitor"][f"confidence_{i + 1}"] for i in places] for row in history])
+    names = np.array([[row["monitor"][f"image_{i + 1}"] for i in places] for row in history])
+    right = names == labels
+    axes.imshow(np.where(right, sure, -sure), cmap="PuOr", vmin=-1.3, vmax=1.3, aspect="auto")
+    for (y, x), value in np.ndenumerate(sure):
+        color = "white" if right[y, x] and value > 0.7 else "black"
+        how = {"ha": "center", "va": "center", "fontsize": 8, "color": color}
+        axes.text(x, y, f"{names[y, x]}\n{value:.0%}", **how)
+    epochs = [row["epoch"] for row in history]
+    axes.set(xticks=[], ylabel="epoch", yticks=range(len(epochs)), yticklabels=epochs)
+    axes.grid(visible=False)
+    figure.suptitle(
+        f"{result.data.name}: of {len(shown)} validation images {right[0].sum()} are right "
+        f"(violet) after epoch {epochs[0]}, {right[-1].sum()} after epoch {epochs[-1]}"
+    )
+    return figure
+
+
+def below(figure, grid):
+    """One wide axes in place of the last row of a grid of axes."""
+    for axes in grid[-1]:
+        axes.remove()
+    return figure.add_subplot(grid[0, 0].get_gridspec()[-1, :])
+
+
+def named(items):
+    """Names in a row; more than three are counted."""
+    if len(items) > 3:
+        return f"{len(items)} classes"
+    return " and ".join(items)
+
+
+def plot_classes(plt, result):
+    """Draw recall and precision of each class, the hardest on top."""
+    found = sorted(result.metrics["per_class"].items(), key=lambda item: -item[1]["recall"])
+    recall, precision = ([100 * row[key] for _, row in found] for key in ("recall", "precision"))
+    mean = 100 * result.metrics["accuracy"]
+    figure, axes = plt.subplots(figsize=(8, max(5, 0.3 * len(found))))
+    names = [name for name, _ in found]
+    axes.barh(names, recall, color=utils.SKY, label="recall: of its images, found")
+    axes.plot(precision, names, "D", color=utils.BLACK, label="precision: of its guesses, right")
+    axes.axvline(mean, color=utils.RED, ls="--", label="accuracy")
+    hardest, easiest = (
+        named([name for name, value in zip(names, recall) if value == end])
+        for end in (min(recall), max(recall))
+    )
+    title = f"{mean:.1f}% overall; hardest: {hardest}; easiest: {easiest}"
+    axes.set(xlabel=f"% ({result.name})", xlim=(0, 102), title=f"{result.data.name}: {title}")
     axes.grid(axis="y", visible=False)
     return figure
 
@@ -1274,55 +1796,155 @@ def plot_confusion(plt, result):
     from sklearn.metrics import ConfusionMatrixDisplay
 
     classes, pairs = result.data.classes, result.metrics["confused_pairs"]
-    side = max(6.5, 0.3 * len(classes))  # up to 20 classes there is room for numbers
-    figure, axes = plt.subplots(figsize=(side + 1, side))
+    side = min(max(7.2, 0.3 * len(classes)), 30)
+    figure, axes = plt.subplots(figsize=(side + 1.3, side))
     axes.grid(visible=False)
-    ConfusionMatrixDisplay.from_predictions(
+    shown = ConfusionMatrixDisplay.from_predictions(
         result.labels,
         result.preds,
         labels=range(len(classes)),
         display_labels=classes,
         normalize="true",
-        include_values=len(classes) <= 20,
         values_format=".0%",
         cmap="viridis",
         ax=axes,
         xticks_rotation=45 if len(classes) <= 20 else 90,
-        text_kw={"fontsize": 8},
+        text_kw={"fontsize": 10 if len(classes) <= 20 else 6},
     )
+    for text in shown.text_.flat:
+        text.set_visible(text.get_text() != "0%")
     title = f"{result.data.name}: no image is taken for another class"
     if pairs:
-        title = f"{result.data.name}: {pairs[0][0]} and {pairs[0][1]} are confused most"
+        most = [f"{first} and {second}" for first, second, n in pairs if n == pairs[0][2]]
+        title = f"{result.data.name}: confused most: {', '.join(most)}"
     axes.set(xlabel="predicted class", ylabel="true class", title=title)
     return figure
 
 
-def plot_predictions(plt, result, rows=4, columns=6):
-    """Draw test images with prediction and confidence: half of them right, half wrong."""
-    labels, preds, classes = result.labels, result.preds, result.data.classes
-    rng = np.random.default_rng(derive_seed(result.networks[0].settings.seed, PLOTS))
-    right, wrong = (
-        rng.permutation(np.flatnonzero((preds == labels) == truth))[: rows * columns // 2]
-        for truth in (True, False)
-    )
+def plot_predictions(plt, result, rows=4, columns=8):
+    """Draw images with prediction and confidence: half of them right, half wrong."""
+    right, wrong = (picked(result, truth, rows * columns // 2) for truth in (True, False))
     chosen = np.concatenate([right, wrong])
-    figure = image_grid(plt, result.data.test.images.cpu()[chosen], rows, columns)
-    for axes, i in zip(figure.axes, chosen):
-        text, color = f"{classes[preds[i]]} ({result.probs[i].max():.0%})", utils.BLUE
-        if preds[i] != labels[i]:
-            text, color = f"{text},\nis {classes[labels[i]]}", utils.RED
-        axes.set_title(text, fontsize=9, loc="center", color=color)
-    counts = f"{len(right)} right (blue) and {len(wrong)} wrong (orange) guesses"
-    figure.suptitle(f"{result.data.name}: {counts}")
+    title = (
+        f"{result.data.name}: {len(right)} images picked among those guessed right (blue), "
+        f"{len(wrong)} among the wrong (red)\n{KEY}"
+    )
+    return image_grid(plt, result.images[chosen], captions(result, chosen), columns, title)
+
+
+def plot_mistakes(plt, result, columns=10):
+    """Draw the most confident mistakes, and those between the classes confused most."""
+    labels, preds = result.labels, result.preds
+    wrong = np.flatnonzero(preds != labels)
+    if not len(wrong):
+        return None
+    wrong = wrong[np.argsort(-result.sure[wrong], kind="stable")]
+    rows = [wrong[:columns], wrong[columns : 2 * columns]]
+    for first, second, _ in result.metrics["confused_pairs"]:
+        a, b = map(result.data.classes.index, (first, second))
+        ways = [wrong[(labels[wrong] == x) & (preds[wrong] == y)] for x, y in ((a, b), (b, a))]
+        rows.append(np.concatenate([way[: columns // 2] for way in ways]))
+    images, texts = [], []
+    for row in filter(len, rows):
+        blanks = columns - len(row)
+        images += [*result.images[row], *[torch.full((32, 32, 3), 255)] * blanks]
+        texts += [*captions(result, row), *[("", utils.BLACK)] * blanks]
+    pairs = ", ".join(f"{a}/{b}" for a, b, _ in result.metrics["confused_pairs"])
+    title = f"{result.data.name}: the most confident mistakes, and below those between {pairs}"
+    return image_grid(plt, images, texts, columns, f"{title}\n{KEY}")
+
+
+def plot_grad_cam(plt, result, columns=5):
+    """Draw what right and wrong guesses rest on, of wrong ones also what speaks for the truth."""
+    network, classes = result.networks[0], result.data.classes
+    chosen = np.concatenate([picked(result, truth, columns) for truth in (True, False)])
+    images, wrong = result.images[chosen], result.preds[chosen] != result.labels[chosen]
+    if not (maps := maps_of(network, images[:1])):
+        return None
+    looked_for = np.array([result.preds[chosen], result.labels[chosen]])
+    cams = [grad_cam(network, images, torch.from_numpy(each)) for each in looked_for]
+    texts = [*captions(result, chosen)]
+    texts += [(f"for {classes[label]}", utils.BLACK) for label in looked_for.flat]
+    side = list(maps.values())[-1].shape[1]
+    title = (
+        f"{result.data.name}: where the evidence lies (Grad-CAM, bright is most; "
+        f"maps of {side}x{side}); left right guesses, then wrong ones"
+    )
+    figure = image_grid(plt, images.repeat(3, 1, 1, 1), texts, len(chosen), title)
+    grid = np.reshape(figure.axes, (3, -1))
+    for axes, cam in zip(grid[1:].flat, torch.cat(cams)):
+        axes.imshow(cam.numpy(), cmap="inferno", alpha=0.6)
+    for axes in grid[2, ~wrong]:
+        axes.set_visible(False)
+    return figure
+
+
+def plot_activations(plt, result, columns=10):
+    """Draw the first filters, what the layers make of an image, and which units ever fire."""
+    network, chosen = result.networks[0], picked(result, True, 1)
+    image = result.images[chosen]
+    stages = {len(maps[0]): name for name, maps in maps_of(network, image).items()}
+    if not stages:
+        return None
+    maps = maps_of(network, image)
+    first = next(m for m in network.model.modules() if isinstance(m, nn.Conv2d))
+    filters = first.weight.detach().cpu().permute(0, 2, 3, 1)
+    low, high = filters.amin((1, 2, 3), keepdim=True), filters.amax((1, 2, 3), keepdim=True)
+    rows = {"image and\nfirst filters": [image[0], *((filters - low) / (high - low))]}
+    for side, name in stages.items():  # the last maps of each size, the strongest first
+        order = maps[name].flatten(1).mean(1).argsort(descending=True)
+        rows[f"{called(name)}\n{side}x{side}"] = maps[name][order]
+    figure, grid = plt.subplots(len(rows) + 1, columns, figsize=(12, 1.25 * len(rows) + 1.9))
+    for line, (text, pictures) in zip(grid, rows.items()):
+        for axes, picture in zip(line, pictures):
+            axes.imshow(picture.numpy(), cmap="gray")
+        for axes in line:
+            axes.set_axis_off()
+        line[0].text(-0.1, 0.5, text, ha="right", va="center", transform=line[0].transAxes)
+    axes, title = below(figure, grid), "without ReLU, every unit is heard"
+    if result.firing:
+        layer, shares = max(result.firing.items(), key=lambda item: item[1].count(0))
+        axes.bar(range(len(shares)), sorted(shares, reverse=True), color=utils.BLUE)
+        axes.set(xlabel=f"units of {called(layer)}, sorted", ylabel="fires for\nshare of images")
+        title = silent_text(layer, shares) if 0 in shares else "every unit fires"
+    else:
+        axes.set_axis_off()
+    figure.suptitle(f"{result.data.name}: what the layers make of an image; {title}")
+    return figure
+
+
+def plot_confidence(plt, result):
+    """Draw how far the confidence can be trusted, and what withholding the least sure buys."""
+    figure, (axes, other) = plt.subplots(1, 2, figsize=(12, 5.6))
+    counts = by_confidence(result.labels, result.probs)
+    shape = utils.reliability(*counts, seed=0)
+    utils.draw_reliability(axes, shape, "confidences", "right guesses")
+    axes.set(xlabel="confidence (largest probability)", ylabel="share that is right")
+    other.plot(*coverage(result.labels, result.probs), color=utils.BLUE)
+    other.set(xlabel="share of the images that are answered, the surest first", ylabel="accuracy")
+    after, before = (
+        result.metrics["calibration"]["ece"],
+        result.metrics["as_trained"]["calibration"],
+    )
+    figure.suptitle(
+        f"{result.data.name}: confidence is off by {after:.3f} on average "
+        f"({before['ece']:.3f} before the temperature)"
+    )
     return figure
 
 
 FIGURES = {  # in the order of the talk; functions of pyplot and a Result
     "01_augmented_samples": plot_samples,
     "02_training_curves": plot_history,
-    "03_per_class_accuracy": plot_classes,
-    "04_confusion_matrix": plot_confusion,
-    "05_predictions": plot_predictions,
+    "03_gradients": plot_monitor,
+    "04_making_up_its_mind": plot_strip,
+    "05_per_class": plot_classes,
+    "06_confusion_matrix": plot_confusion,
+    "07_predictions": plot_predictions,
+    "08_mistakes": plot_mistakes,
+    "09_grad_cam": plot_grad_cam,
+    "10_activations": plot_activations,
+    "11_confidence": plot_confidence,
 }
 
 
@@ -1331,7 +1953,9 @@ FIGURES = {  # in the order of the talk; functions of pyplot and a Result
 
 def predict_pictures(a):
     """--predict: tell, write down and draw what the network of a checkpoint takes pictures for."""
-    network, files = network_to_use(a), utils.files_of(a.predict)
+    network, files = load_network(a.checkpoint), utils.files_of(a.predict)
+    network = replace(network, settings=settings_here(a, network))
+    network.model.to(network.settings.device, memory_format=torch.channels_last)
     folder = utils.output_folder(a.output_dir or Path("outputs", "predictions"))
     say("", f"2. What {a.checkpoint} takes them for")
     rows, bad, first = [], [], torch.empty(0, 32, 32, 3, dtype=torch.uint8)
@@ -1347,59 +1971,38 @@ def predict_pictures(a):
         "anything else is one of them to it, perhaps with a high probability."
     )
     say("", f"3. Files in {folder}", "  predictions.csv")
-    utils.write_csv(folder / "predictions.csv", {k: [row[k] for row in rows] for k in rows[0]})
-    utils.draw_figures({"predictions": plot_pictures}, (first, rows), folder, a.show)
+    utils.write_csv(folder / "predictions.csv", columns_of(rows))
+    utils.draw_figures({"predictions": plot_pictures}, (network, first, rows), folder, a.show)
     if bad:
         say("", "No pictures, so passed over:", *(f"  {each}" for each in bad))
         raise utils.RunFailed(f"{len(bad):,} of {len(files):,} files are no pictures")
 
 
-def network_to_use(a):
-    """The network of --checkpoint on this machine, with the device that was asked for."""
-    if set(a.given) - MACHINE:
-        raise UserError("--predict takes the settings of the network: leave other options out")
-    network = load_network(a.checkpoint)
-    how = {"device": "auto", "threads": 0} | a.given
-    settings = prepare_machine(replace(network.settings, **how))
-    network.model.to(settings.device, memory_format=torch.channels_last)
-    return replace(network, settings=settings)
-
-
-def probabilities(network, images):
-    """Probabilities of the classes, float32 (n, classes)."""
-    return predict(network, images).softmax(1)
-
-
 def plot_pictures(plt, result):
-    """Draw the first pictures with the likeliest class of each."""
-    first, rows = result
-    figure = image_grid(plt, first, -(-len(first) // 6), 6)
-    for axes, row in zip(figure.axes, rows[: len(first)]):
-        text = f"{row['class_1']:.14} ({row['probability_1']:.0%})"
-        axes.set_title(f"{utils.short_name(row['file'])}\n{text}", fontsize=8, loc="center")
-    figure.suptitle(f"{len(first)} of {len(rows):,} pictures, and the likeliest class of each")
+    """Draw the first pictures, and beside each where the evidence for its class lies."""
+    network, first, rows = result
+    texts, rows = [], rows[: len(first)]
+    for row in rows:
+        guess = f"{row['class_1']:.12}: {row['probability_1']:.0%}"
+        texts += [(utils.short_name(row["file"]), utils.BLACK), (guess, utils.BLUE)]
+    title = f"{len(first)} pictures, each with what it is taken for"
+    cams = grad_cam(
+        network, first, torch.tensor([network.classes.index(r["class_1"]) for r in rows])
+    )
+    if cams is None:
+        return image_grid(plt, first, texts[1::2], 8, title)
+    title = f"{title}, and why (Grad-CAM: bright is where the evidence lies)"
+    figure = image_grid(plt, first.repeat_interleave(2, 0), texts, 8, title)
+    for axes, cam in zip(figure.axes[1::2], cams):
+        axes.imshow(cam.numpy(), cmap="inferno", alpha=0.6)
     return figure
 
 
 # %% Export
 
 
-class Exported(nn.Module):
-    """A network as one function: bytes (n, 32, 32, 3) to probabilities (n, classes)."""
-
-    def __init__(self, network):
-        super().__init__()
-        self.model, self.network = network.model, network
-
-    def forward(self, images):
-        """Normalise, average the logits over the views, and make them probabilities."""
-        return mean_logits(self.network, images).softmax(1)
-
-
 def export(a):
     """--export: write a network as files that need nothing of this project, in float32."""
-    if a.given:
-        raise UserError("--export takes the settings of the network: leave other options out")
     network = load_network(a.export)
     settings = replace(network.settings, device="cpu", precision="float32")
     network = replace(network, model=network.model.eval(), settings=settings)
@@ -1408,8 +2011,12 @@ def export(a):
     say(f"The network of {a.export}, version {network.version['sha256'][:12]}, into {folder}:")
     images = torch.arange(5 * 32 * 32 * 3).mul(7919).to(torch.uint8).view(5, 32, 32, 3)
     expected = probabilities(network, images)  # before tracing, so that on_device holds numbers
-    about = network.version | {"classes": network.classes}
-    utils.export_module(Exported(network).eval(), images, expected, about, folder)
+    about = network.version | {"classes": network.classes, "temperature": network.temperature}
+
+    def whole(images):
+        return (mean_logits(network, images) / network.temperature).softmax(1)
+
+    utils.export_function(whole, network.model, images, expected, about, folder)
 
 
 # %% Options
@@ -1456,8 +2063,7 @@ class Settings:
     dataset: str = flag(
         "auto",
         utils.name_or_folder(DATASETS),
-        "cifar10, digits, auto (CIFAR-10, or the digits if it cannot be had), or a folder of "
-        "pictures, train/CLASS/* and test/CLASS/*",
+        "auto: CIFAR-10, or the digits if it cannot be had; or a folder with train/CLASS/*",
     )
     select_on: str = flag(
         "val", CHOSEN, "what chooses the epoch: held-out or test images, or none"
@@ -1523,7 +2129,12 @@ def parse_arguments(argv):
     one_of("--overwrite", action="store_true", help="replace a run with other settings")
     text = "continue the run in a folder (default: the output folder), with its settings"
     one_of("--resume", **path, nargs="?", const=True, metavar="FOLDER", help=text)
-    one_of("--evaluate", **path, nargs="+", metavar="RUN", help="average finished runs")
+    text = "judge finished runs: one alone, two also compared, several averaged"
+    one_of("--evaluate", **path, nargs="+", metavar="RUN", help=text)
+    text = "with --evaluate: the images to judge on (default: test)"
+    add("--split", choices=SPLITS, help=text)
+    text = "also write what monitor.csv holds, and more, for TensorBoard"
+    add("--tensorboard", action="store_true", help=text)
     text = "say what pictures, or all those in a folder, show"
     one_of("--predict", **path, nargs="+", metavar="PICTURE", help=text)
     text = "write a network, of a run's folder or a file, as model.pt2 and model.onnx"
@@ -1537,9 +2148,17 @@ def parse_arguments(argv):
     a.folder = a.output_dir if a.resume in (None, True) else a.resume
     if a.output_dir and a.folder.resolve() != a.output_dir.resolve():
         raise UserError("--resume FOLDER writes into that folder: leave --output-dir out")
+    finished, free = a.evaluate or a.predict or a.export, set() if a.export else MACHINE
+    if finished and set(a.given) - free:
+        raise UserError("a finished run keeps its settings: leave other options out")
     if a.checkpoint and not a.predict:
         raise UserError("--checkpoint is for --predict: leave it out")
     a.checkpoint = a.checkpoint or Path("outputs", "part2")
+    if a.split and not a.evaluate:
+        raise UserError("--split is for --evaluate: leave it out")
+    if a.tensorboard and (a.evaluate or not find_spec("tensorboard")):
+        what = "is for training" if a.evaluate else "needs the package tensorboard: install it"
+        raise UserError(f"--tensorboard {what}, or leave it out")
     return a
 
 

@@ -170,6 +170,13 @@ def show_progress(text):
         print(f"\r\033[K{text}", end="", flush=True)
 
 
+def progress_bar(done, total, seconds, later=0):
+    """What was done in ``seconds`` and the time left, of which ``later`` comes after ``total``."""
+    left = seconds / done * (total - done)
+    text = f"[{'#' * (20 * done // total):.<20}] {done / total:4.0%}, {left:.0f} s left"
+    return text + f", {left + seconds / done * later:.0f} s in all" * bool(later)
+
+
 @contextmanager
 def ctrl_c():
     """Yield a list that Ctrl-C fills, so that a loop can stop; a second one stops at once."""
@@ -1001,6 +1008,8 @@ def save_figure(figure, path):
     if any(axes.get_legend_handles_labels()[1] for axes in figure.axes):
         columns = int(figure.get_figwidth() / 2.5)
         figure.legend(loc="outside lower center", ncols=columns, fontsize=9)
+    if figure.get_suptitle():
+        figure._suptitle.set_wrap(True)
     image = io.BytesIO()
     figure.savefig(image, format="png")
     write_bytes(path, image.getvalue())
@@ -1258,16 +1267,24 @@ def load_checkpoint(path):
 # %% Exports
 
 
-def export_module(module, images, expected, about, folder):
-    """Write a module as model.pt2, which torch alone loads, and as model.onnx.
+def export_function(function, model, images, expected, about, folder):
+    """Write what computes with a model as model.pt2, which torch alone loads, and model.onnx.
 
     Before a file is written it must give ``expected`` for ``images`` (n, h, w, 3), and the same
     for the first one alone; the dict ``about`` is in it as version.json.
     """
     import torch
 
+    class Exported(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = model  # whose weights go with the function
+
+        def forward(self, images):
+            return function(images)
+
     batch = {0: torch.export.Dim("n")}
-    program = torch.export.export(module, (images[:2],), dynamic_shapes=(batch,))
+    program = torch.export.export(Exported().eval(), (images[:2],), dynamic_shapes=(batch,))
     for graph in program.graph_module.modules():
         for node in graph.graph.nodes if hasattr(graph, "graph") else ():
             node.meta.pop("stack_trace", None)  # it names folders of this machine

@@ -163,12 +163,13 @@ def measure(a):
             continue
         rows = read_table(a.table)
         if not has_row(rows, name):  # otherwise another process made it meanwhile
-            about = {key: metrics[key] for key in ("epochs", "parameters", "test_accuracy")}
+            about = {key: metrics[key] for key in ("epochs", "parameters")}
+            about["test_accuracy"] = metrics["accuracy"]
             about |= {"commit": "", "train_seconds": round(metrics["train_seconds"], 1)}
             rows.append(name | about)
             write_csv(a.table, {key: [row[key] for row in rows] for key in COLUMNS})
         seconds = metrics["train_seconds"]
-        say(f"  test accuracy {metrics['test_accuracy']:.2%} after {seconds:.0f} s")
+        say(f"  test accuracy {metrics['accuracy']:.2%} after {seconds:.0f} s")
 
 
 def judge(preset, change, seed, here, data, runs):

@@ -228,24 +228,24 @@ def test_the_committed_network_has_the_committed_accuracy(cifar, all_cores):
     probs = part2.average_probs([network], cifar.test.images)
     labels = cifar.test.labels.numpy()
     share = part2.accuracy(labels, probs, cifar.classes)
-    assert share == pytest.approx(metrics["test_accuracy"], abs=0.002)
+    assert share == pytest.approx(metrics["accuracy"], abs=0.002)
     assert network.n_parameters == metrics["parameters"]
     rows = read_table(folder / "test_scores.csv")
     stored = np.array([[float(row[name]) for name in cifar.classes] for row in rows])
     assert [row["label"] for row in rows] == [cifar.classes[label] for label in labels]
     assert np.abs(stored - probs).mean() < 0.003
-    assert (stored.argmax(1) == labels).mean() == metrics["test_accuracy"]
+    assert (stored.argmax(1) == labels).mean() == metrics["accuracy"]
     history = read_table(folder / "history.csv")
-    best = max(history, key=lambda row: float(row["eval_accuracy"]))
+    best = max(history, key=lambda row: float(row["val_accuracy"]))
     assert int(best["epoch"]) == metrics["best_epoch"]
-    assert float(best["eval_accuracy"]) == metrics["val_accuracy"]
+    assert float(best["val_accuracy"]) == metrics["val_accuracy"]
 
 
 def test_the_header_claims_what_the_committed_run_reached():
     metrics = json.loads((ROOT / "outputs" / "part2" / "metrics.json").read_text())
     claim = " ".join(part2.__doc__.split())
     assert f"{metrics['parameters']:,} parameters" in claim
-    assert f"{metrics['test_accuracy']:.2%}" in claim
+    assert f"{metrics['accuracy']:.2%}" in claim
     assert f"take {metrics['train_seconds']:.0f} s" in claim
 
 
@@ -413,7 +413,7 @@ def test_an_epoch_changes_every_parameter(digits):
 
 
 def test_digits_are_learned(run):
-    assert run.metrics["test_accuracy"] > 0.95 and run.metrics["val_accuracy"] > 0.95
+    assert run.metrics["accuracy"] > 0.95 and run.metrics["val_accuracy"] > 0.95
     losses = [float(row["train_loss"]) for row in run.history]
     assert losses[-1] < losses[0] / 3
 
@@ -430,7 +430,7 @@ def test_every_training_image_is_seen_once_an_epoch(digits, monkeypatch, batch):
     sizes, take = [], training.model.forward
     monkeypatch.setattr(training.model, "forward", lambda x: (sizes.append(len(x)), take(x))[1])
     calls = spy(monkeypatch, "crop_and_flip")
-    run_epoch(training)
+    part2.train_epoch(training)
     assert sorted(torch.cat([call[1] for call in calls]).tolist()) == list(range(n))
     assert sum(sizes) == n and max(sizes) <= size and len(sizes) == training.steps
     assert batch not in ("all but", "one left over") or sizes[-1] == 1
@@ -524,16 +524,15 @@ def test_select_on_says_what_best_means(quick, tmp_path, capsys, select_on):
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     rows = read_table(tmp_path / "history.csv")
     assert metrics["select_on"] == select_on
-    assert {row["eval_split"] for row in rows} == {select_on if select_on != "last" else "none"}
     if select_on == "last":
-        assert metrics["best_epoch"] == 3 and {row["eval_accuracy"] for row in rows} == {""}
+        assert metrics["best_epoch"] == 3 and {row["val_accuracy"] for row in rows} == {""}
     else:
-        shares = [float(row["eval_accuracy"]) for row in rows]
+        shares = [float(row["val_accuracy"]) for row in rows]
         assert shares[metrics["best_epoch"] - 1] == max(shares)
-        assert metrics[f"{select_on}_accuracy"] == max(shares)
+        assert metrics["val_accuracy" if select_on == "val" else "accuracy"] == max(shares)
     assert (metrics["val_accuracy"] is None) == (select_on != "val")
     assert ("optimistic" in text) == (select_on == "test")
-    assert ("held out" in text.split("2. The network")[0]) == (select_on == "val")
+    assert ("validation" in text.split("2. The network")[0]) == (select_on == "val")
 
 
 # --------------------------------------------------------------------- results
@@ -541,15 +540,15 @@ def test_select_on_says_what_best_means(quick, tmp_path, capsys, select_on):
 
 def test_best_checkpoint_reproduces_every_accuracy_reported(run, digits):
     model, data = network_of(run.folder / "best.pt"), set_aside(digits, "val")
-    for name, split in (("test", data.test), ("val", data.valid), ("train", data.train)):
-        assert share_right(model, split, data) == run.metrics[f"{name}_accuracy"]
+    for name, split in (("", data.test), ("val_", data.valid), ("train_", data.train)):
+        assert share_right(model, split, data) == run.metrics[f"{name}accuracy"]
 
 
 def test_last_checkpoint_is_the_last_epoch(run, digits):
     model, data = network_of(run.folder / "last.pt"), set_aside(digits, "val")
-    assert share_right(model, data.valid, data) == float(run.history[-1]["eval_accuracy"])
+    assert share_right(model, data.valid, data) == float(run.history[-1]["val_accuracy"])
     loss = F.cross_entropy(model(as_tensors(data.valid.images, data)), data.valid.labels)
-    assert float(run.history[-1]["eval_loss"]) == pytest.approx(loss.item(), rel=1e-5)
+    assert float(run.history[-1]["val_loss"]) == pytest.approx(loss.item(), rel=1e-5)
     assert run.last["config"] == run.best["config"]
 
 
@@ -568,9 +567,9 @@ def test_history_has_a_row_per_epoch_and_the_documented_columns(run):
             "lr",
             "train_loss",
             "train_accuracy",
-            "eval_split",
-            "eval_loss",
-            "eval_accuracy",
+            "val_loss",
+            "val_accuracy",
+            "temperature",
             "seconds",
         ]
     )
@@ -594,8 +593,8 @@ def test_metrics_hold_what_is_documented(run):
         "select_on",
         "train_accuracy",
         "val_accuracy",
-        "test_accuracy",
-        "per_class_accuracy",
+        "accuracy",
+        "per_class",
         "train_seconds",
         "images_per_second",
     ]
@@ -611,7 +610,7 @@ def test_metrics_hold_what_is_documented(run):
     }
     assert {key: run.metrics[key] for key in expected} == expected
     best = run.history[run.metrics["best_epoch"] - 1]
-    assert best["eval_accuracy"] == max(row["eval_accuracy"] for row in run.history)
+    assert best["val_accuracy"] == max(row["val_accuracy"] for row in run.history)
     assert run.metrics["machine"]["threads"] == run.config["threads"] == torch.get_num_threads()
     assert run.metrics["images_per_second"] == pytest.approx(
         1295 * EPOCHS / run.metrics["train_seconds"]
@@ -627,12 +626,15 @@ def test_test_scores_are_probabilities_in_test_order(run, digits):
     probs = np.array([[float(row[name]) for name in digits.classes] for row in run.scores])
     assert np.allclose(probs.sum(1), 1, atol=1e-5) and (probs >= 0).all()
     preds = [digits.classes[i] for i in probs.argmax(1)]
-    assert sk.accuracy_score(labels, preds) == run.metrics["test_accuracy"]
-    recalls = sk.recall_score(labels, preds, average=None, labels=digits.classes)
-    assert run.metrics["per_class_accuracy"] == pytest.approx(dict(zip(digits.classes, recalls)))
+    assert sk.accuracy_score(labels, preds) == run.metrics["accuracy"]
+    names = ("precision", "recall", "f1")
+    for name, score in zip(names, (sk.precision_score, sk.recall_score, sk.f1_score)):
+        expected = score(labels, preds, average=None, labels=digits.classes, zero_division=0)
+        found = [run.metrics["per_class"][label][name] for label in digits.classes]
+        assert found == pytest.approx(list(expected))
     with torch.no_grad():
         logits = network_of(run.folder / "best.pt")(as_tensors(digits.test.images, digits))
-    assert np.allclose(probs, logits.softmax(1), atol=1e-5)
+    assert np.allclose(probs, (logits / run.metrics["temperature"]).softmax(1), atol=1e-5)
 
 
 def test_part_1_reads_the_test_scores(run, tmp_path):
@@ -647,17 +649,18 @@ def test_part_1_reads_the_test_scores(run, tmp_path):
 
 
 def test_interval_is_wilsons(run):
-    right = round(360 * run.metrics["test_accuracy"])
+    right = round(360 * run.metrics["accuracy"])
     expected = binomtest(right, 360).proportion_ci(method="wilson")
-    assert run.metrics["test_accuracy_interval"] == pytest.approx(list(expected), abs=1e-4)
+    assert run.metrics["accuracy_interval"] == pytest.approx(list(expected), abs=1e-4)
 
 
 def test_report_tells_the_numbers_of_the_files(run):
     assert "\r" not in run.text and "cpu" in run.text and "282,442" in run.text
-    assert f"{run.metrics['test_accuracy']:.2%}" in run.text
+    assert f"{run.metrics['accuracy']:.2%}" in run.text
     assert f"{run.metrics['train_accuracy']:.2%}" in run.text
-    for name, share in run.metrics["per_class_accuracy"].items():
-        assert re.search(rf"^ +{name} +{100 * share:.1f}", run.text, re.M)
+    for name, found in run.metrics["per_class"].items():
+        shares = "% +".join(f"{100 * found[key]:.1f}" for key in ("recall", "precision", "f1"))
+        assert re.search(rf"^ +{name} +{shares}%", run.text, re.M)
 
 
 @pytest.mark.parametrize(
@@ -682,9 +685,8 @@ def test_columns_of_the_table_stay_apart_when_the_loss_explodes():
         "train_loss": 1e6,
         "train_accuracy": 0.1,
         "seconds": 1.0,
-        "eval_split": "val",
-        "eval_loss": 1e9,
-        "eval_accuracy": 0.1,
+        "val_loss": 1e9,
+        "val_accuracy": 0.1,
     }
     assert len(part2.row_text(row).split()) == 7
 
@@ -704,7 +706,8 @@ def test_every_file_is_there_and_named_in_the_output(run):
     plots = sorted(path.name for path in run.folder.glob("*.png"))
     assert [name[:3] for name in plots] == [f"{i:02}_" for i in range(1, len(plots) + 1)]
     assert len(plots) >= 5
-    files = ["config.json", "history.csv", "metrics.json", "best.pt", "last.pt", "test_scores.csv"]
+    files = ["config.json", "history.csv", "monitor.csv", "metrics.json", "best.pt"]
+    files += ["last.pt", "test_scores.csv"]
     assert sorted(path.name for path in run.folder.iterdir()) == sorted([*files, *plots])
     assert all(name in run.text for name in [*files, *plots])
 
@@ -764,7 +767,7 @@ def test_evaluate_makes_the_results_of_a_run_again(run, tmp_path):
         options = ["--precision", "float32", "--output-dir", str(tmp_path)]
         assert part2.main(["--evaluate", str(path), *options]) == 0
         found = json.loads((tmp_path / "metrics.json").read_text())
-        same = ("test_accuracy", "train_accuracy", "val_accuracy", "per_class_accuracy", "seed")
+        same = ("accuracy", "train_accuracy", "val_accuracy", "per_class", "seed", "calibration")
         assert {key: found[key] for key in same} == {key: run.metrics[key] for key in same}
         scores = (run.folder / "test_scores.csv").read_bytes()
         assert (tmp_path / "test_scores.csv").read_bytes() == scores
@@ -872,7 +875,7 @@ def test_a_new_metric_and_a_new_figure_are_one_function_and_one_entry(
     monkeypatch.setitem(part2.FIGURES, "06_top_3", plot_top_3)
     assert part2.main([*QUICK, str(tmp_path)]) == 0
     metrics = json.loads((tmp_path / "metrics.json").read_text())
-    assert metrics["test_accuracy"] <= metrics["top_3"] <= 1
+    assert metrics["accuracy"] <= metrics["top_3"] <= 1
     assert (tmp_path / "06_top_3.png").exists()
 
 

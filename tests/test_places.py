@@ -48,7 +48,7 @@ def test_a_folder_belongs_to_one_process_at_a_time(quick, tmp_path, capsys):
 def test_of_equally_good_epochs_the_one_with_the_lowest_loss_is_kept():
     rows = [(0.9, 0.5), (0.95, 0.4), (0.95, 0.2), (0.95, 0.3), (0.8, 0.1)]
     history = [
-        {"epoch": i, "eval_split": "val", "eval_accuracy": share, "eval_loss": loss}
+        {"epoch": i, "val_accuracy": share, "val_loss": loss}
         for i, (share, loss) in enumerate(rows, 1)
     ]
     assert part2.best_epoch(history) == 3

@@ -239,7 +239,7 @@ def test_the_average_is_judged_with_all_views(data):
     run_epoch(training)
     logits = part2.predict(training.network, data.valid.images)
     loss = F.cross_entropy(logits, data.valid.labels).item()
-    assert training.history[0]["eval_loss"] == pytest.approx(loss, rel=1e-6)
+    assert training.history[0]["val_loss"] == pytest.approx(loss, rel=1e-6)
     assert training.network.model is not training.model
 
 
@@ -302,34 +302,35 @@ def test_views_are_weighted_to_one_and_include_the_image():
 
 
 def test_a_network_with_better_validation_accuracy_weighs_more(data):
-    row = {"epoch": 1, "eval_split": "val", "eval_loss": 0.1}
-    rows = [[row | {"eval_accuracy": share}] for share in (0.9, 0.6)]
-    networks = [
-        replace(network_with(build_model(asdict(SETTINGS)), data), history=history)
-        for history in rows
-    ]
-    images = data.train.images[:6]
-    one, two = (part2.predict(network, images).softmax(1).numpy() for network in networks)
-    assert np.allclose(part2.average_probs(networks, images), 0.6 * one + 0.4 * two, atol=1e-6)
-    for split in ("none", "test"):  # test accuracy must not weigh
-        rows[0][0]["eval_split"] = split
-        assert np.allclose(part2.average_probs(networks, images), (one + two) / 2, atol=1e-6)
-    assert np.array_equal(part2.average_probs(networks[:1], images), one)
+    network = network_with(build_model(asdict(SETTINGS)), data)
+    row = {"epoch": 1, "val_loss": 0.1, "temperature": 1.0}
+    networks = [replace(network, history=[row | {"val_accuracy": s}]) for s in (0.9, 0.6)]
+    networks = [replace(n, settings=replace(n.settings, select_on="val")) for n in networks]
+    one, two = np.random.default_rng(0).dirichlet(np.ones(10), (2, 6)).astype(np.float32)
+    assert np.allclose(part2.average(networks, [one, two]), 0.6 * one + 0.4 * two, atol=1e-6)
+    assert np.array_equal(part2.average(networks[:1], [one]), one)
+    others = {"none": [row | {"val_accuracy": np.nan}], "test": networks[0].history}
+    for select_on, history in others.items():  # test accuracy must not weigh
+        settings = replace(network.settings, select_on="test" if select_on == "test" else "val")
+        networks[0] = replace(network, history=history, settings=settings)
+        assert np.allclose(part2.average(networks, [one, two]), (one + two) / 2, atol=1e-6)
 
 
 def test_the_training_curves_have_a_line_for_each_network(data):
-    row = {"epoch": 1, "lr": 0.1, "train_loss": 2.0, "train_accuracy": 0.2, "eval_split": "none"}
+    row = {"epoch": 1, "lr": 0.1, "train_loss": 2.0, "train_accuracy": 0.2}
+    row |= {"val_loss": np.nan, "val_accuracy": np.nan}
     histories = [
         [row | {"epoch": i, "train_loss": loss} for i in (1, 2, 3)] for loss in (2.0, 1.0)
     ]
     network = network_with(None, data)
     networks = [replace(network, history=history) for history in histories]
-    result = part2.Result(networks, data, {"test_accuracy": 0.5}, None, None, None)
+    result = part2.Result(networks, data, "test", {"accuracy": 0.5}, None, None, None)
     figure = part2.plot_history(plt, result)
-    lines = figure.axes[0].get_lines()
+    lines = figure.axes[0].get_lines()[::2]  # the others mark the epoch that is kept
     assert [list(line.get_xdata()) for line in lines] == [[1, 2, 3]] * 2
     assert [list(line.get_ydata()) for line in lines] == [[2.0] * 3, [1.0] * 3]
-    assert figure.axes[0].get_legend_handles_labels()[1] == ["training (augmented, with dropout)"]
+    labels = ["training (with augmentation and dropout)", "epoch that is kept"]
+    assert figure.axes[0].get_legend_handles_labels()[1] == labels
     short = [replace(network, history=histories[0][:1])]
     figure = part2.plot_history(plt, replace(result, networks=short))
     figure.canvas.draw()

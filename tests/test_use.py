@@ -148,13 +148,13 @@ def test_a_folder_of_pictures_is_trained_on_as_cifar10_is(shades, shades_run):
     config = json.loads((shades_run / "config.json").read_text())
     metrics = json.loads((shades_run / "metrics.json").read_text())
     assert config["dataset"] == str(shades) and config["classes"] == 3
-    assert list(metrics["per_class_accuracy"]) == list(SHADES)
-    assert metrics["test_accuracy"] > 0.9
+    assert list(metrics["per_class"]) == list(SHADES)
+    assert metrics["accuracy"] > 0.9
     model = network_of(shades_run / "best.pt")
     assert model(torch.zeros(2, 3, 32, 32)).shape == (2, 3)
     scores = read_table(shades_run / "test_scores.csv")
     assert list(scores[0]) == ["label", *SHADES] and len(scores) == 15
-    assert {"04_confusion_matrix.png", "03_per_class_accuracy.png"} <= set(contents(shades_run))
+    assert sum(name.endswith(".png") for name in contents(shades_run)) > 5
 
 
 def test_it_has_its_own_mean_and_deviation_and_its_own_order(shades):
@@ -384,7 +384,8 @@ def checkpoint(folder, preset, data, **change):
     torch.manual_seed(0)
     model = part2.build_model(part2.config_of(settings, data.classes))
     about = data.classes, data.mean, data.std, data.mirror
-    network = part2.Network(model, settings, *about, [{"epoch": 1, "eval_split": "none"}])
+    history = [{"val_accuracy": 0.5, "val_loss": 1.0, "epoch": 1, "temperature": 1.7}]
+    network = part2.Network(model, settings, *about, history)
     with torch.no_grad():
         logits = part2.predict(
             replace(network, settings=replace(settings, device="cpu")), data.test.images
@@ -494,14 +495,8 @@ def test_without_its_packages_there_is_no_onnx_and_a_line_names_them(
 def test_an_export_that_computes_something_else_is_not_written(
     shades_run, tmp_path, capsys, monkeypatch
 ):
-    monkeypatch.setattr(
-        part2.Exported,
-        "forward",
-        lambda self, images: (
-            self.model(part2.normalise(images, self.network.mean, self.network.std)).softmax(1)
-            + 1e-4
-        ),
-    )
+    truth = part2.probabilities
+    monkeypatch.setattr(part2, "probabilities", lambda *a: truth(*a) + 1e-4)
     assert part2.main(["--export", str(shades_run), "--output-dir", str(tmp_path)]) == 1
     assert "model.pt2" in error_line(capsys) and not contents(tmp_path)
 
