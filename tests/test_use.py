@@ -416,27 +416,44 @@ def in_float32(folder, images):
 
 @pytest.mark.parametrize("preset", part2.PRESETS)
 def test_an_export_computes_what_the_checkpoint_does(preset, tmp_path, digits, untraced):
-    pytest.importorskip("onnxscript", reason="install onnx and onnxscript to run this test")
-    onnxruntime = pytest.importorskip("onnxruntime")
     data = replace(digits, mirror=True)  # so that there are all views
     folder = checkpoint(tmp_path / "run", preset, data, precision="bfloat16")
-    assert part2.main(["--export", str(folder)]) == 0
-    assert contents(folder).keys() == {"best.pt", "model.pt2", "model.onnx"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "onnxscript", None)
+        assert part2.main(["--export", str(folder)]) == 0
+    assert contents(folder).keys() == {"best.pt", "model.pt2"}
     images = data.test.images[:20]
     expected = in_float32(folder, images)
-    assert expected.max() > 0.5
+    assert expected.max() > 0.3
     model = torch.export.load(folder / "model.pt2").module()
-    session = onnxruntime.InferenceSession(folder / "model.onnx")
-    assert session.get_modelmeta().custom_metadata_map.keys() == {"version.json"}
-    name = session.get_inputs()[0].name
     for n in (1, 3, 20):
         assert abs(model(images[:n]) - expected[:n]).max() < 1e-5
-        (probs,) = session.run(None, {name: images[:n].numpy()})
-        assert probs.dtype == np.float32 and abs(probs - expected[:n].numpy()).max() < 1e-5
     assert str(Path(part2.__file__).parent).encode() not in (folder / "model.pt2").read_bytes()
 
 
-def test_an_export_needs_nothing_but_torch_and_tells_its_version(shades, shades_run, tmp_path):
+@pytest.mark.parametrize("preset", ["tuned", "strong"])  # the others have only layers of these
+def test_onnx_computes_what_the_checkpoint_does(preset, tmp_path, digits, untraced):
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(package, reason=f"install {package} to run this test")
+    import onnxruntime
+
+    data = replace(digits, mirror=True)
+    folder = checkpoint(tmp_path / "run", preset, data)
+    assert part2.main(["--export", str(folder)]) == 0
+    images = data.test.images[:20]
+    expected = in_float32(folder, images)
+    session = onnxruntime.InferenceSession(folder / "model.onnx")
+    about = json.loads(session.get_modelmeta().custom_metadata_map["version.json"])
+    assert about["classes"] == list(data.classes) and len(about["sha256"]) == 64
+    for n in (1, 3, 20):
+        (probs,) = session.run(None, {session.get_inputs()[0].name: images[:n].numpy()})
+        assert probs.dtype == np.float32 and abs(probs - expected[:n].numpy()).max() < 1e-5
+
+
+def test_an_export_needs_nothing_but_torch_and_tells_its_version(
+    shades, shades_run, tmp_path, monkeypatch
+):
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
     assert (
         part2.main(["--export", str(shades_run / "best.pt"), "--output-dir", str(tmp_path)]) == 0
     )
