@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import decimal
-import string
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
@@ -36,6 +35,7 @@ GRID = np.arange(10, 91) / 100
 TOLERANCE = 1e-12  # values closer than this are equally good
 REPLICATES, LEVELS = utils.REPLICATES, utils.LEVELS  # tables behind each 95% interval
 RATES = ("precision", "recall", "specificity", "alert_rate")  # with intervals, whatever is best
+RULES = ("everybody", "nobody")  # that could be called without any score
 LIMITS = {"min_precision": "precision", "min_recall": "recall", "max_alert_rate": "alert_rate"}
 BALANCES = (0.05, 0.10, 0.30, 0.50)  # shares of positives in step 6
 
@@ -81,8 +81,7 @@ class Result:
 
     def fill(self, text, **more):
         """Put numbers of the summary, and ``more``, into a text: ``{best[value]:.4f}``."""
-        name = METRICS[self.objective.metric].name
-        return TEXT.format(text, name=name, **more, **self.summary)
+        return text.format(name=METRICS[self.objective.metric].name, **more, **self.summary)
 
     def counts(self, entry):
         """Hits and errors of a row of the table, at the prevalence, of as many cases."""
@@ -92,55 +91,21 @@ class Result:
         return {"tp": tp, "fn": pos - tp, "tn": tn, "fp": n - pos - tn}
 
 
-class Text(string.Formatter):
-    """str.format with one more type: ``{threshold:>9t}`` has all the digits to type it again."""
-
-    def format_field(self, value, spec):
-        """Format one value."""
-        if spec.endswith("t"):
-            value, spec = str(float(value)).removesuffix(".0"), spec[:-1]
-        return super().format_field(value, spec)
-
-
-TEXT = Text()
-
-
-def analyse(
-    cases,
-    objective,
-    *,
-    exact=False,
-    given=None,
-    test=None,
-    share=0.5,
-    seed=0,
-    source="",
-    scenario=None,
-):
-    """Every number of a run; nothing is printed, drawn or written.
+def analyse(cases, objective, *, exact=False, given=None, test=None, share=0.5, seed=0, **about):
+    """The Result of a run; nothing is printed, drawn or written.
 
     Parameters
     ----------
-    cases : utils.Cases
-        Of both classes. Higher scores mean positive; they are negated where lower ones do.
-    objective : Objective
+    cases, test : utils.Cases
+        What chooses, and what judges the choice (None: the same cases); both classes in each.
     exact : bool
         Also search all distinct scores.
     given : float, optional
         A threshold to judge instead of choosing one.
-    test : utils.Cases, optional
-        Other cases, on which the choice is judged.
     share : float in (0, 1)
-        Share of the cases on which the choice of the others is scored.
-
-    Returns
-    -------
-    Result
-
-    Raises
-    ------
-    UserError
-        If no score keeps the limits, or the metric has no value.
+        Share of the cases on which a choice of the others is scored, too.
+    **about
+        Source and scenario, for the summary.
     """
     choice, cases, every, kind = choose(cases, objective, given, test, seed)
     table, best_row = choice.table, choice.table[[choice.chosen]]
@@ -148,8 +113,7 @@ def analyse(
     found = describe_choice(choice, columns, drawn)
     error = dominant_error(best_row, objective)
     summary = {
-        "source": source,
-        "scenario": scenario,
+        **about,
         "chosen_by": "given" if given is not None else "other cases" if test else "these cases",
         "seed": seed,
         **describe_cases(every, cases, objective),
@@ -229,31 +193,27 @@ def read(path, a):
 RANKINGS = {  # what the area under the ROC curve says before anything else
     "right": "",
     "reversed": "A positive outscores a negative in only {roc_auc:.1%} of pairs (ROC AUC): {seem} "
-    "scores seem to mean positive. If so, run again {how} --lower-is-positive.",
+    "scores seem to mean positive. If so, run again {how} --lower-is-positive.\n",
     "unclear": "A ROC AUC of {roc_auc:.3f} can be chance here: these scores cannot be told from "
-    "guesses.",
+    "guesses.\n",
 }
+CASES = "{made} {source}; {n:,} cases, {n_positive:,} of them positive; seed {seed}."
 
 
 def tell_scores(result):
     """Which cases the run is about, and whether their scores rank them."""
     summary, objective = result.summary, result.objective
-    words = {"seem": "high", "how": "without"} if objective.lower_is_positive else {}
-    if text := RANKINGS[summary["ranking"]]:
-        yield result.fill(text, **{"seem": "low", "how": "with"} | words)
-    yield ("Simulated: " if summary["scenario"] else "Read from ") + result.fill(
-        "{source}; {n:,} cases, {n_positive:,} of them positive; seed {seed}."
-    )
-    if summary["chosen_by"] == "other cases":
-        yield "The threshold was chosen on other cases; all numbers are of these."
-    if groups := summary["groups"]:
-        yield f"They come in {groups:,} groups, which are resampled as wholes."
-        if groups < 20:
-            yield "Of so few groups the intervals are too narrow: take them as a first impression."
+    seem, how = ("high", "without") if objective.lower_is_positive else ("low", "with")
+    made = "Simulated:" if summary["scenario"] else "Read from"
+    text = RANKINGS[summary["ranking"]] + CASES
+    yield from result.fill(text, made=made, seem=seem, how=how).splitlines()
     if result.cases.remark:
         yield result.cases.remark
+    if groups := summary["groups"]:
+        few = ", of so few too narrowly: take the intervals as a first impression" * (groups < 20)
+        yield f"They come in {groups:,} groups, which are resampled as wholes{few}."
     if objective.lower_is_positive:
-        yield "A case is called positive when score <= threshold, since low scores mean positive."
+        yield "A case is called positive when score <= threshold."
     if share := objective.prevalence:
         yield f"From here on, all numbers are for cases of which {100 * share:.4g}% are positive."
 
@@ -354,37 +314,27 @@ def at_or_above(amounts):
 
 
 def lay_table(every, optimum, dtype, objective):
-    """The thresholds to choose from: the grid, or 81 quantiles of scores outside [0, 1].
+    """A name and the thresholds to choose from: the grid, or quantiles of scores outside [0, 1].
 
     Where the best distinct score (index ``optimum``) lies outside the grid and gains more than
     a small loss, or only scores outside the table keep the limits, it is added, and with it 81
     quantiles of the positives' scores: those of all cases would miss what a rare class needs.
-
-    Returns
-    -------
-    kind : {"grid", "quantiles", "extended"}
-    table : Counts
     """
     if every.probabilities:  # compared in their own precision: a float32 0.30 reaches 0.30
         kind, table = "grid", replace(every.at(GRID.astype(dtype)), threshold=GRID)
     else:
         kind, table = "quantiles", shortened(every, quantiles(every.tp + every.fp), dtype)
     if objective.confidence:  # which may depend on the scores, but not on their labels
-        alerts = every.tp + every.fp
-        wanted = np.geomspace(1, every.n, GRID.size).round()
-        rows = last_reaching(wanted, alerts)
-        rows = np.unique(np.append(rows, every.threshold.size - 1))  # and that of nobody
+        wanted = np.append(np.geomspace(1, every.n, GRID.size).round(), 0)  # and that of nobody
+        rows = np.unique(last_reaching(wanted, every.tp + every.fp))
         return "extended", table.joined(shortened(every, rows, dtype))
-    values = merits(table, objective)
-    gain = goodness(every[[optimum]], objective).item() - values.max()
+    gain = goodness(every[[optimum]], objective).item() - merits(table, objective).max()
     inside = every.probabilities and GRID[0] <= every.threshold[optimum] <= GRID[-1]
     # Net benefit falls with the threshold itself, so the lowest scores would always be added.
-    worth = (
-        not inside and objective.metric != "net_benefit" and gain > small_loss(every, objective)
-    )
-    if worth or gain == np.inf:
-        more = shortened(every, np.union1d(quantiles(every.tp), optimum), dtype)
-        kind, table = "extended", table.joined(more)
+    inside |= objective.metric == "net_benefit"
+    if gain == np.inf or (gain > small_loss(every, objective) and not inside):
+        rows = np.union1d(quantiles(every.tp), optimum)
+        kind, table = "extended", table.joined(shortened(every, rows, dtype))
     return kind, table
 
 
@@ -532,22 +482,17 @@ def row(columns, index, metric):
     return values | {"value": values[metric]}
 
 
-def areas(every, objective):
-    """Areas under the ROC curve (trapezoids) and the precision-recall curve (steps)."""
-    recall, precision = (measure(m, every, objective) for m in ("recall", "precision"))
-    roc_auc = abs(np.trapezoid(recall, every.fpr))
-    # Of separable scores the sum can exceed 1 by a rounding error.
-    return {"roc_auc": roc_auc, "average_precision": min(-np.diff(recall) @ precision[:-1], 1.0)}
-
-
 def describe_cases(every, cases, objective):
     """How many cases there are, and how well their scores rank them."""
+    recall, precision = (measure(m, every, objective) for m in ("recall", "precision"))
     return {
         "n": every.n,
         "n_positive": every.pos,
         "groups": None if cases.groups is None else int(cases.groups.max()) + 1,
         "probabilities": every.probabilities,
-        **areas(every, objective),
+        "roc_auc": abs(np.trapezoid(recall, every.fpr)),
+        # Of separable scores the sum can exceed 1 by a rounding error.
+        "average_precision": min(-np.diff(recall) @ precision[:-1], 1.0),
         "ranking": judge_ranking(every, cases.groups),
     }
 
@@ -555,8 +500,7 @@ def describe_cases(every, cases, objective):
 def judge_ranking(every, groups=None):
     """Whether high scores mean positive: "right", "reversed" or "unclear" (Mann and Whitney 1947).
 
-    By the area's spread, ties included, if the scores said nothing about the labels; of groups
-    as if each were one case.
+    By the area's spread, ties included, if scores were guesses; each group counts as one case.
     """
     n, pairs = every.n, 1.0 * every.pos * every.neg
     ties = -np.diff(1.0 * (every.tp + every.fp))
@@ -661,19 +605,16 @@ def find_best(counts, objective, allowed=True):
     if np.isnan(goodness(counts, objective)).all():
         raise UserError(f"{objective.metric} has no value at these scores: give another --metric")
     missing = shortfall(counts, objective)
-    given = [f"{option(name)} {limit:g}" for name, limit in objective.limits.items()]
+    given = " and ".join(f"{option(k)} {limit:g}" for k, limit in objective.limits.items())
     if objective.confidence and missing.min() == 0:
         raise UserError(
-            f"these {counts.n:,} cases prove for no threshold that the population keeps "
-            f"{' and '.join(given)} with a confidence of {objective.confidence:g}: "
+            f"these {counts.n:,} cases prove for no threshold that the population keeps {given} "
+            f"with a confidence of {objective.confidence:g}: "
             f"{cases_needed(counts, objective)}, relax a limit or lower --confidence"
         )
-    closest = row(tabulate(counts[[missing.argmin()]], objective), 0, objective.metric)
-    rates = [f"{METRICS[rate].name} {closest[rate]:.4f}" for rate in LIMITS.values()]
-    raise UserError(
-        f"no threshold satisfies {' and '.join(given)}; the closest is "
-        f"{closest['threshold']:.6g} with {', '.join(rates)}: relax a limit"
-    )
+    text = "no threshold satisfies {}; the closest is {threshold:.6g} with precision "
+    text += "{precision:.4f}, recall {recall:.4f}, alert rate {alert_rate:.4f}: relax a limit"
+    raise UserError(text.format(given, **tabulate(counts[missing.argmin()], objective)))
 
 
 def promised(table, objective):
@@ -682,12 +623,10 @@ def promised(table, objective):
     Exact binomial tests in fixed sequences (Angelopoulos et al. 2021, Learn then Test): of the
     precision and the alert rate from the highest threshold down, of the recall from the lowest
     up, each from where the number of cases could prove it until the first that fails. The
-    limits share the chance of a wrong one, 1 - confidence. True without a confidence.
+    limits share the chance of a wrong one, 1 - confidence.
     """
     allowed, limits, alerts = True, objective.limits, table.tp + table.fp
-    if objective.confidence is None:
-        return allowed
-    for name, limit in limits.items():
+    for name, limit in limits.items() if objective.confidence else ():
         right, of, share, step, least = {
             # From a few alerts a single unlucky case would end the sequence.
             "min_precision": (table.tp, alerts, limit, -1, np.sqrt(table.pos)),
@@ -746,14 +685,13 @@ def describe_choice(choice, columns, drawn):
         keeps_limits = bool(np.isfinite(values[default]))
         gain = gain_over(choice, default) | {"default_keeps_limits": keeps_limits}
         gain = weigh(gain, loss, table.n, keeps_limits and not objective.one_sided)
-    useless = {"tp": np.array([table.pos, 0]), "fp": np.array([table.neg, 0])}
-    useless = tabulate(replace(table[[chosen, chosen]], **useless), objective)
+    called = {"tp": np.array([table.pos, 0]), "fp": np.array([table.neg, 0])}
+    useless = tabulate(replace(table[[chosen, chosen]], **called), objective)
     return {
         "best": best,
         "default": None if default is None else row(columns, default, metric),
         "gain": gain,
-        "everybody": row(useless, 0, metric) | {"threshold": None},
-        "nobody": row(useless, 1, metric) | {"threshold": None},
+        **{rule: row(useless, i, metric) | {"threshold": None} for i, rule in enumerate(RULES)},
         "by_metric": {m: own.get(m) for m in METRICS},
         "plateau": plateau,
         "near_optimal": range_around(chosen, values, loss, columns["threshold"]),
@@ -787,14 +725,14 @@ def describe_exact(every, cases, best, choice):
 
 
 CHOSEN_BY = {
-    "these cases": "Best threshold for {name}: {best[threshold]:t}",
-    "other cases": "Threshold {best[threshold]:t}, chosen on other cases",
-    "given": "Threshold {best[threshold]:t}, as given",
+    "these cases": "Best threshold for {name}: {best[threshold]}",
+    "other cases": "Threshold {best[threshold]}, chosen on other cases",
+    "given": "Threshold {best[threshold]}, as given",
 }
 VALUE = " ({name} {best[value]:.4f}, 95% interval {best[value_interval][0]:.4f} to "
 VALUE += "{best[value_interval][1]:.4f}). "
-GAIN = "The default 0.5 reaches {default[value]:.4f}. {luck}he "
-GAIN += "gain is {gain[corrected]:+z.4f} (95% interval {gain[corrected_interval][0]:+z.4f} to "
+GAIN = "The default 0.5 reaches {default[value]:.4f}. {luck}he gain is estimated at "
+GAIN += "{gain[corrected]:+z.4f} (95% interval {gain[corrected_interval][0]:+z.4f} to "
 GAIN += "{gain[corrected_interval][1]:+z.4f}): "
 VERDICTS = {
     "pays": GAIN + "worth having.",
@@ -808,13 +746,17 @@ VERDICTS = {
 
 
 def headline(result):
-    """The result in a few words: value, default, difference, uncertainty."""
-    gain = result.summary["gain"]
+    """The result in a few words: value, default, difference, uncertainty, what is as good."""
+    summary, objective = result.summary, result.objective
+    gain, best = summary["gain"], summary["best"]["value"]
     verdict = "none" if gain is None else gain["verdict"] or "out"
-    verdict = "one_sided" if result.objective.one_sided else verdict
+    verdict = "one_sided" if objective.one_sided else verdict
     needed = np.ceil(gain["cases_needed"]) if verdict == "cannot_tell" else 0
     needed = float(f"{needed:.1e}")  # two digits say what is known
-    text = CHOSEN_BY[result.summary["chosen_by"]] + VALUE + VERDICTS[verdict]
+    text = CHOSEN_BY[summary["chosen_by"]] + VALUE + VERDICTS[verdict]
+    for rule in () if objective.limits or objective.one_sided else RULES:
+        if objective.sign * (best - summary[rule]["value"]) <= summary["small_loss"]:
+            text += f" But calling {rule} reaches {{{rule}[value]:.4f}}."
     luck = "T" if result.choice.fixed else "Corrected for the luck of the choice, t"
     return result.fill(text, needed=needed, luck=luck)
 
@@ -827,20 +769,16 @@ def tell_choice(result):
     line = "{value:>8.3f}{precision:>11.3f}{recall:>8.3f}{specificity:>13.3f}"
     for own in dict.fromkeys([metric, "f1", "youden_j", "balanced_accuracy"]):
         found = summary["by_metric"][own]
-        yield TEXT.format("  {name:<18}{threshold:>10t}" + line, name=METRICS[own].name, **found)
-    for rule in "everybody", "nobody":
+        yield f"  {METRICS[own].name:<18}{found['threshold']:>10}" + line.format(**found)
+    for rule in RULES:
         yield f"  {f'call {rule}: {METRICS[metric].name}':<28}" + line.format(**summary[rule])
     if metric == "cost":
-        useless = min(summary[rule]["value"] for rule in ("everybody", "nobody"))
-        value, n = summary["best"]["value"], summary["n"]
-        share = f"{abs(1 - value / useless):.0%} " if useless else ""
-        than = f"{share}{'more' if value > useless else 'less'} than"
-        than = "about as much as" if abs(value - useless) <= 0.005 * useless else than
-        yield f"The best threshold costs {value * n:,.6g} in all, {than} the cheaper of those two."
+        own, *others = (summary["n"] * summary[key]["value"] for key in ("best", *RULES))
+        yield f"In all it costs {own:,.6g}, and the cheaper of those two {min(others):,.6g}."
     if metric == "net_benefit":
         yield "Net benefit compares models, not thresholds: each weighs the errors differently."
     yield result.fill(
-        "At {best[threshold]:t}: {tp:,.0f} hits, {fp:,.0f} false alarms, {fn:,.0f} misses, "
+        "At {best[threshold]}: {tp:,.0f} hits, {fp:,.0f} false alarms, {fn:,.0f} misses, "
         "{tn:,.0f} correct rejections. At any threshold: ROC AUC {roc_auc:.4f}, average precision "
         "{average_precision:.4f}.",
         **result.counts(summary["best"]),
@@ -849,7 +787,7 @@ def tell_choice(result):
         yield "The best ones lie outside the usual table, so scores of positives were added to it."
     if summary["exact"]:
         yield result.fill(
-            "Of all distinct scores {exact[threshold]:t} is best with {exact[value]:.6f}; the "
+            "Of all distinct scores {exact[threshold]} is best with {exact[value]:.6f}; the "
             "table loses {exact[grid_loss]:.6f}."
         )
 
@@ -859,10 +797,10 @@ def tell_trade_off(result):
     """The choice, and ten rows of the table down and up from it: 0.1 on the grid."""
     last, chosen = result.table.threshold.size - 1, result.choice.chosen
     yield "  threshold  precision  recall  false alarms    misses"
-    line = "  {threshold:>9t}{precision:>11.3f}{recall:>8.3f}{fp:>14,.0f}{fn:>10,.0f}"
+    line = "  {threshold:>9}{precision:>11.3f}{recall:>8.3f}{fp:>14,.0f}{fn:>10,.0f}"
     for index in sorted({max(chosen - 10, 0), chosen, min(chosen + 10, last)}):
         found = row(result.columns, index, result.objective.metric)
-        yield TEXT.format(line, **found | result.counts(found))
+        yield line.format(**found | result.counts(found))
 
 
 # %% 4. How certain this is
@@ -879,19 +817,12 @@ def split_groups(cases, table):
 
 
 def draw(choice, *cuts):
-    """Tables that the population may have, given the cases, and the choice in each.
+    """Tables that the population may have, given the cases, and the threshold chosen in each.
 
     Bayesian bootstrap (Rubin 1981): a Gamma draw for each cell of the counts gives its share.
     The thresholds ``cuts`` cut each class into parts, and each part has half a case more
     (Jeffreys' prior): that no error was seen does not mean that none is possible. The time
     does not depend on the number of cases. Groups are drawn as wholes.
-
-    Returns
-    -------
-    drawn : Counts
-        Of shape (REPLICATES, T).
-    picks : ndarray of int, shape (REPLICATES,)
-        The threshold chosen in each, or the given one where none keeps the limits.
     """
     table, clusters = choice.table, choice.clusters
     rng = np.random.default_rng(utils.derive_seed(choice.seed, 1, *cuts))
@@ -930,14 +861,10 @@ def ends(draws, seen, lucky, low=-np.inf, high=np.inf):
 
 
 def certainty(choice):
-    """What the counts leave open at the chosen threshold.
+    """What the counts leave open.
 
-    Returns
-    -------
-    dict
-        95% ``intervals`` of the threshold (chosen again in each drawn table) and of metrics at
-        the chosen one, the ``luck`` in those metrics, the probability that the population
-        keeps the ``limits``, and (2, T) ``bands`` of the metrics.
+    95% ``intervals`` of the threshold and of metrics at the chosen one, the ``luck`` in those
+    metrics, how likely the population keeps the ``limits``, and (2, T) ``bands`` of the metrics.
     """
     table, objective, chosen = choice.table, choice.objective, choice.chosen
     drawn, picks = draw(choice, chosen)
@@ -946,16 +873,14 @@ def certainty(choice):
     found["intervals"]["threshold"] = np.sort(objective.orient * thresholds)
     for metric in dict.fromkeys([objective.metric, *RATES, *CURVES, *COMPARED]):
         draws, seen = measure(metric, drawn, objective), measure(metric, table, objective)
-        lucky = luck(draws, seen, picks, chosen)
-        at, extremes = draws[:, chosen], (draws.min(), draws.max())
-        found["intervals"][metric] = ends(at, seen[chosen], lucky, *extremes)
+        lucky, at = luck(draws, seen, picks, chosen), draws[:, chosen]
+        found["intervals"][metric] = ends(at, seen[chosen], lucky, draws.min(), draws.max())
         found["luck"][metric] = lucky
         found["bands"][metric] = np.quantile(draws, LEVELS, axis=0)
-    for name, limit in objective.limits.items():
-        rate = LIMITS[name]
-        expected = measure(rate, drawn, objective)[:, chosen] - found["luck"][rate]
-        kept = expected <= limit if name.startswith("max") else expected >= limit
-        found["limits"][name] = {"limit": limit, "probability": kept.mean()}
+        for name in (name for name in objective.limits if LIMITS[name] == metric):
+            limit, rates = objective.limits[name], at - lucky
+            kept = rates <= limit if name.startswith("max") else rates >= limit
+            found["limits"][name] = {"limit": limit, "probability": kept.mean()}
     return found
 
 
@@ -976,23 +901,12 @@ def gain_over(choice, other):
 
 
 def hold_out(cells, share, seed):
-    """Split the cells at random, by class, into a choosing and a scoring part; (2, T + 1) each.
-
-    Cells of groups, (G, 2, T + 1), are split by group.
-    """
+    """Deal cases or groups at random into a choosing and a scoring part, (2, T + 1) each."""
     rng = np.random.default_rng(utils.derive_seed(seed, 2))
-    if cells.ndim == 3:
-        order = rng.permutation(len(cells))
-        first = round(np.clip(share * len(cells), 1, len(cells) - 1))
-        return cells[order[first:]].sum(0), cells[order[:first]].sum(0)
-    totals = cells.sum(-1)
-    if totals.max() >= 10**9:  # too many for the draw below, and for the difference to matter
-        scoring = rng.binomial(cells, share)
-        return cells - scoring, scoring
-    sizes = np.clip(np.round(totals * share), 1, totals - 1).astype(int)
-    draw = rng.multivariate_hypergeometric
-    # From which cells such a split takes its cases is a multivariate hypergeometric draw.
-    scoring = np.array([draw(part, size, method="marginals") for part, size in zip(cells, sizes)])
+    if cells.ndim == 3:  # of groups
+        scored = rng.random(len(cells)) < share
+        return cells[~scored].sum(0), cells[scored].sum(0)
+    scoring = rng.binomial(cells, share)
     return cells - scoring, scoring
 
 
@@ -1023,34 +937,28 @@ def check_holdout(choice, share):
 
 def tell_certainty(result):
     """How far the threshold, its value and its rates may be off."""
-    best, held, gain = (result.summary[key] for key in ("best", "holdout", "gain"))
-    near, objective = result.summary["near_optimal"], result.objective
+    best, objective = result.summary["best"], result.objective
     if not result.choice.fixed:
         yield result.fill(
             "In {replicates:,} tables drawn given these cases, the best threshold is between "
-            "{best[threshold_interval][0]:t} and {best[threshold_interval][1]:t} (95%). From "
-            "{near_optimal[low]:t} to {near_optimal[high]:t} the value is within {small_loss:.3g} "
+            "{best[threshold_interval][0]} and {best[threshold_interval][1]} (95%). From "
+            "{near_optimal[low]} to {near_optimal[high]} the value is within {small_loss:.3g} "
             "of the best. Corrected for the luck of the choice it is {best[value_corrected]:.4f}."
         )
-    # Where many thresholds are as good, more cases would not narrow the interval.
-    if np.ptp(best["threshold_interval"]) > max(0.1, 2 * (near["high"] - near["low"])):
-        yield "That interval of the threshold is wide: label more cases to narrow it."
-    yield result.fill("  at {best[threshold]:<16t}   value  95% interval")
+    yield result.fill("  at {best[threshold]:<16}   value  95% interval")
     for rate in RATES:
         low, high = best[f"{rate}_interval"]
         yield f"  {METRICS[rate].name:<17}{best[rate]:>8.3f}  {low:.3f} to {high:.3f}"
+    kept = "The population keeps {} {limit:g} there with a probability of {probability:.0%}."
     for name, limit in result.summary["limits"].items():
-        kept = f"The population keeps {option(name)} {limit['limit']:g} there"
-        yield f"{kept} with a probability of {limit['probability']:.0%}."
+        yield kept.format(option(name), **limit)
     if objective.confidence:
         wrong = 100 * (1 - objective.confidence)
         yield f"Choices like this one break a limit in at most {wrong:.3g}% of all samples."
-    if held:
+    if result.summary["holdout"]:
         yield result.fill(
-            "Chosen on one part of the cases ({holdout[threshold]:t}, value "
-            "{holdout[value_where_chosen]:.4f}) and scored on the other {holdout[n]:,}: "
-            "{holdout[value]:.4f}{over}.",
-            over=f", {held['gain']:+z.4f} over 0.5" if gain and gain["verdict"] else "",
+            "Chosen on one part of the cases ({holdout[threshold]}) and scored on the other "
+            "{holdout[n]:,}: {holdout[value]:.4f}."
         )
 
 
@@ -1078,23 +986,25 @@ def check_theory(choice, best):
     F1: half the best F1 (Lipton, Elkan and Naryanaswamy 2014). Cost: c_FP / (c_FP + c_FN)
     (Elkan 2001). None for other metrics, under limits, at another prevalence or a given choice.
     """
-    table, o = choice.table, choice.objective
+    o, found = choice.objective, (None, None, None)
     rules = {"f1": best["f1"] / 2, "cost": o.fp_cost / (o.fp_cost + o.fn_cost)}
-    expected = rules.get(o.metric)
-    if expected is None or o.limits or o.prevalence is not None or choice.fixed:
-        return dict.fromkeys(["expected_threshold", "expected_loss", "expected_loss_interval"])
-    loss = gain_over(choice, abs(table.threshold - expected).argmin())
-    return {
-        "expected_threshold": expected,
-        "expected_loss": loss["value"],
-        "expected_loss_interval": loss["corrected_interval"],
-    }
+    if o.metric in rules and not (o.limits or o.prevalence or choice.fixed):
+        expected = rules[o.metric]
+        loss = gain_over(choice, abs(choice.table.threshold - expected).argmin())
+        found = expected, loss["value"], loss["corrected_interval"]
+    return dict(zip(["expected_threshold", "expected_loss", "expected_loss_interval"], found))
 
 
 OFF = "Over {calibration[groups]} groups of like size they are off by {calibration[ece]:.3f} on "
 OFF += "average; "
 CHANCE = "so many calibrated ones would be off by {calibration[ece_by_chance][0]:.3f} to "
 CHANCE += "{calibration[ece_by_chance][1]:.3f} by chance. "
+THEORY = (
+    "If they were true probabilities, {rule} = {calibration[expected_threshold]:.3f} would be "
+)
+THEORY += "best; the nearest threshold here loses {calibration[expected_loss]:z.4f} (95% interval "
+THEORY += "{calibration[expected_loss_interval][0]:z.4f} to "
+THEORY += "{calibration[expected_loss_interval][1]:z.4f})."
 MISCALIBRATED = {
     None: OFF + "what chance does to dependent cases is not known.",
     True: OFF + CHANCE + "Calibrate them on held-out cases (Platt scaling, isotonic regression).",
@@ -1111,14 +1021,8 @@ def tell_calibration(result):
         yield "This is about the cases as they were observed."
     yield result.fill(MISCALIBRATED[found["miscalibrated"]])
     if found["expected_threshold"] is not None:
-        low, high = found["expected_loss_interval"]
-        yield result.fill(
-            "If they were true probabilities, {rule} = {calibration[expected_threshold]:.3f} "
-            "would be best; the nearest threshold here loses {calibration[expected_loss]:z.4f} "
-            f"(95% interval {low:z.4f} to {high:z.4f}), "
-            f"{'more than' if low > 0 else 'maybe by'} chance.",
-            rule="half the best F1" if result.objective.metric == "f1" else "c_FP/(c_FP + c_FN)",
-        )
+        rule = "half the best F1" if result.objective.metric == "f1" else "c_FP/(c_FP + c_FN)"
+        yield result.fill(THEORY, rule=rule)
 
 
 # %% 6. Other class balances
@@ -1138,10 +1042,10 @@ def other_balances(table, objective):
 def tell_balances(result):
     """One row for each share of positives."""
     yield "  positives  threshold      best    at 0.5"
-    line = "  {prevalence:>9.0%}{threshold:>11t}{value:>10.3f}{plain:>10}"
+    line = "  {prevalence:>9.0%}{threshold:>11}{value:>10.3f}{plain:>10}"
     for found in result.summary["balances"]:
         plain = found["value_at_default"]
-        yield TEXT.format(line, plain="-" if plain is None else f"{plain:.3f}", **found)
+        yield line.format(plain="-" if plain is None else f"{plain:.3f}", **found)
 
 
 # %% 7. What the errors suggest
@@ -1155,18 +1059,15 @@ def dominant_error(chosen, objective):
     return "misses" if misses > 1.5 * alarms else None
 
 
-CURES = {  # of each dominant error: its name, limit and price, and where to look
-    "false_alarms": ("False alarms", "min_precision", "--fp-cost",
-                     "wrong labels among the highest-scoring negatives"),
-    "misses": ("Misses", "min_recall", "--fn-cost",
-               "a missing feature in the lowest-scoring positives"),
-}  # fmt: skip
+CURES = {  # of each dominant error: its limit, and where to look
+    "false_alarms": ("min_precision", "wrong labels among the highest-scoring negatives"),
+    "misses": ("min_recall", "a missing feature in the lowest-scoring positives"),
+}
 
 
 def suggest_limit(table, best, objective, error):
     """A limit halfway to no such error, if some threshold of the table keeps it."""
-    name = CURES[error][1] if error else None
-    if name is None or name in objective.limits:
+    if error is None or (name := CURES[error][0]) in objective.limits:
         return None
     limit = round((1 + best[LIMITS[name]]) / 2, 2)
     possible = shortfall(table, replace(objective, **{name: limit})).min() == 0
@@ -1175,22 +1076,22 @@ def suggest_limit(table, best, objective, error):
 
 def tell_suggestions(result):
     """What to try next, from this run's false positives and false negatives."""
-    summary, metric = result.summary, result.objective.metric
-    counts = result.counts(summary["best"])
-    both = "false alarms: {fp:,.0f}, misses: {fn:,.0f}".format(**counts)
-    weighed = " by cost" * (metric == "cost")
+    summary, counts = result.summary, result.counts(result.summary["best"])
+    by_cost, error = result.objective.metric == "cost", summary["dominant_error"]
+    both = " by cost" * by_cost
+    both += " (false alarms: {fp:,.0f}, misses: {fn:,.0f}): ".format(**counts)
     if counts["fp"] + counts["fn"] < 0.5:
         yield "There are no errors at the chosen threshold among these cases."
-    elif summary["dominant_error"] is None:
-        yield f"The errors are in balance{weighed} ({both}): only better scores remove both kinds."
+    elif error is None:
+        yield f"The errors are in balance{both}only better scores remove both kinds."
     else:
-        name, _, price, place = CURES[summary["dominant_error"]]
-        advice = [f"look for {place}"]
-        if metric != "cost":
-            advice.insert(0, f"give them a price (--metric cost with a higher {price})")
-        if summary["suggestion"]:
-            advice.insert(0, result.fill("try {suggestion[option]} {suggestion[limit]:g}"))
-        yield f"{name} prevail{weighed} ({both}): {'; or '.join(advice)}."
+        advice = (
+            "try {suggestion[option]} {suggestion[limit]:g}; or " * bool(summary["suggestion"]),
+            "give them a price (--metric cost); or " * (not by_cost),
+            f"look for {CURES[error][1]}.",
+        )
+        name = error.replace("_", " ").capitalize()
+        yield result.fill(f"{name} prevail{both}" + "".join(advice))
 
 
 # %% 8. Files and figures
@@ -1207,7 +1108,7 @@ def save(result, folder):
 
 CURVES = ("precision", "recall", "f1")  # of the second figure
 COMPARED = ("f1", "youden_j", "balanced_accuracy", "mcc")  # of the fifth
-CHOSEN = "chosen {best[threshold]:t} ({name} {best[value]:.3f})"
+CHOSEN = "chosen {best[threshold]} ({name} {best[value]:.3f})"
 SQUARE = {"xlim": (-0.01, 1.01), "ylim": (-0.01, 1.01), "aspect": "equal"}
 
 
@@ -1243,10 +1144,10 @@ def plot_outcomes(plt, result):
 def plot_metrics(plt, result):
     """Precision, recall and F1 against the threshold."""
     points = dict.fromkeys(CURVES, result.summary["best"])
-    title = "From {near_optimal[low]:t} to {near_optimal[high]:t}, {name} is within "
+    title = "From {near_optimal[low]} to {near_optimal[high]}, {name} is within "
     title += "{small_loss:.3g} of its best" + " within the limits" * bool(result.objective.limits)
     if result.choice.fixed:
-        title = "At {best[threshold]:t}, {best[precision]:.1%} of the alerts are right"
+        title = "At {best[threshold]}, {best[precision]:.1%} of the alerts are right"
     return plot_thresholds(plt, result, points, result.fill(title))
 
 
@@ -1255,8 +1156,8 @@ def plot_comparison(plt, result):
     metrics = dict.fromkeys([*COMPARED, result.objective.metric])
     points = {metric: result.summary["by_metric"][metric] for metric in metrics}
     places = [point["threshold"] for point in points.values()]
-    title = "The best thresholds of these metrics (dots) lie from {:t} to {:t}"
-    return plot_thresholds(plt, result, points, TEXT.format(title, min(places), max(places)))
+    title = "The best thresholds of these metrics (dots) lie from {} to {}"
+    return plot_thresholds(plt, result, points, title.format(min(places), max(places)))
 
 
 def plot_thresholds(plt, result, points, title):
