@@ -11,9 +11,7 @@ writes summary.json (every number), thresholds.csv (81 thresholds, all metrics),
 
 A case is called positive when ``score >= threshold``. One sort counts the true and false
 positives at every threshold; all else follows from those counts, so that ten million cases
-take seconds. Read on downwards: the story (main, analyse, narrate); 1. the scores; counting;
-metrics; 2. the best threshold; 3. moving it; 4. certainty; 5. calibration; 6. other class
-balances; 7. the errors; 8. files and figures; the command line.
+take seconds. Read on downwards: the story comes first, then its steps in their order.
 """
 
 from __future__ import annotations
@@ -111,7 +109,6 @@ def analyse(cases, objective, *, exact=False, given=None, test=None, share=0.5, 
     table, best_row = choice.table, choice.table[[choice.chosen]]
     columns, drawn = tabulate(table, objective), certainty(choice)
     found = describe_choice(choice, columns, drawn)
-    error = dominant_error(best_row, objective)
     summary = {
         **about,
         "chosen_by": "given" if given is not None else "other cases" if test else "these cases",
@@ -127,12 +124,14 @@ def analyse(cases, objective, *, exact=False, given=None, test=None, share=0.5, 
         "exact": describe_exact(every, cases, found["best"], choice) if exact else None,
         "calibration": calibration(every, choice, found["best"]),
         "balances": other_balances(table, objective),
-        "dominant_error": error,
-        "suggestion": suggest_limit(table, found["best"], objective, error),
+        **suggest(table, best_row, objective),
     }
-    bars = every.at(score_edges(every, best_row.threshold, cases.scores.dtype))
+    rows = quantiles(every.tp, 1000), quantiles(every.tp + every.fp, 1000), [-1]
+    curve = every[np.unique(np.concatenate(rows) % every.threshold.size)]
+    edges = np.append(np.linspace(*every.threshold[[0, -1]], 61), best_row.threshold)
+    bars = every.at(np.unique(edges.astype(cases.scores.dtype)))
     shape = utils.reliability(*by_score(every), seed) if every.probabilities else None
-    return Result(cases, choice, thinned(every), bars, columns, shape, drawn["bands"], summary)
+    return Result(cases, choice, curve, bars, columns, shape, drawn["bands"], summary)
 
 
 def narrate(result):
@@ -292,16 +291,13 @@ def count_every_score(cases, objective):
         keys <<= 1
         keys |= labels
         keys.sort()
-        positive, each = (keys & 1).astype(bool), None
+        tp, total = at_or_above(keys & 1), np.arange(scores.size, -1, -1)
         keys >>= 1
     else:
         order = np.argsort(ordered)
-        ordered[:], positive = ordered[order], labels[order]
-        each = None if counts is None else counts[order]
-    if each is None:
-        tp, total = at_or_above(positive), np.arange(scores.size, -1, -1)
-    else:
-        tp, total = at_or_above(positive * each), at_or_above(each)
+        ordered[:] = ordered[order]
+        each = np.ones(scores.size, int) if counts is None else counts[order]
+        tp, total = at_or_above(labels[order] * each), at_or_above(each)
     fp = total - tp
     first = np.append(True, threshold[1:] != threshold[:-1])  # equal scores are one threshold
     found = Counts(threshold, tp, fp, int(tp[0]), int(fp[0]), bool(probabilities))
@@ -338,9 +334,9 @@ def lay_table(every, optimum, dtype, objective):
     return kind, table
 
 
-def quantiles(reaching):
-    """Indices of up to 81 distinct scores with equal shares of these cases between them."""
-    wanted = reaching[0] * (1 - np.arange(GRID.size) / GRID.size)
+def quantiles(reaching, number=GRID.size):
+    """Indices of that many distinct scores at most, equal shares of these cases between them."""
+    wanted = reaching[0] * (1 - np.arange(number) / number)
     return np.unique(last_reaching(wanted, reaching))
 
 
@@ -512,19 +508,6 @@ def judge_ranking(every, groups=None):
     return "right" if above > 0 else "reversed"
 
 
-def thinned(every, points=1000):
-    """The counts at so many scores spread over all cases, and over the positives."""
-    even = np.linspace(0, every.threshold.size - 1, points).astype(int)
-    of_positives = last_reaching(np.linspace(every.pos, 0, points), every.tp)
-    return every[np.union1d(even, of_positives)]
-
-
-def score_edges(every, chosen, dtype):
-    """Sixty-one evenly spaced scores from the lowest to the highest, and the chosen threshold."""
-    low, high = every.threshold[[0, -1]]
-    return np.unique(np.append(np.linspace(low, high, 61), chosen).astype(dtype))
-
-
 # %% 2. The best threshold
 @dataclass(frozen=True)
 class Choice:
@@ -682,9 +665,8 @@ def describe_choice(choice, columns, drawn):
         best["threshold_interval"] = [ties.min(), ties.max()]
     gain = None
     if default is not None:
-        keeps_limits = bool(np.isfinite(values[default]))
-        gain = gain_over(choice, default) | {"default_keeps_limits": keeps_limits}
-        gain = weigh(gain, loss, table.n, keeps_limits and not objective.one_sided)
+        judged = np.isfinite(values[default]) and not objective.one_sided
+        gain = weigh(gain_over(choice, default), loss, table.n, judged)
     called = {"tp": np.array([table.pos, 0]), "fp": np.array([table.neg, 0])}
     useless = tabulate(replace(table[[chosen, chosen]], **called), objective)
     return {
@@ -786,10 +768,7 @@ def tell_choice(result):
     if summary["table"] == "extended" and not result.objective.confidence:
         yield "The best ones lie outside the usual table, so scores of positives were added to it."
     if summary["exact"]:
-        yield result.fill(
-            "Of all distinct scores {exact[threshold]} is best with {exact[value]:.6f}; the "
-            "table loses {exact[grid_loss]:.6f}."
-        )
+        yield result.fill("Of all distinct scores {exact[threshold]} is best: {exact[value]:.6f}.")
 
 
 # %% 3. What moving the threshold does
@@ -955,11 +934,9 @@ def tell_certainty(result):
     if objective.confidence:
         wrong = 100 * (1 - objective.confidence)
         yield f"Choices like this one break a limit in at most {wrong:.3g}% of all samples."
+    held = "Chosen on one part of the cases ({threshold}), scored on the other {n:,}: {value:.4f}."
     if result.summary["holdout"]:
-        yield result.fill(
-            "Chosen on one part of the cases ({holdout[threshold]}) and scored on the other "
-            "{holdout[n]:,}: {holdout[value]:.4f}."
-        )
+        yield held.format(**result.summary["holdout"])
 
 
 # %% 5. Are the scores probabilities?
@@ -976,8 +953,7 @@ def calibration(every, choice, best):
     found = utils.calibration(*by_score(every), choice.seed)
     if choice.clusters is not None:  # chance is that of independent cases
         found |= {"ece_by_chance": None, "miscalibrated": None}
-    # The order is that of summary.json.
-    return {"ece": None, "groups": None} | check_theory(choice, best) | found
+    return found | check_theory(choice, best)
 
 
 def check_theory(choice, best):
@@ -995,21 +971,16 @@ def check_theory(choice, best):
     return dict(zip(["expected_threshold", "expected_loss", "expected_loss_interval"], found))
 
 
-OFF = "Over {calibration[groups]} groups of like size they are off by {calibration[ece]:.3f} on "
-OFF += "average; "
-CHANCE = "so many calibrated ones would be off by {calibration[ece_by_chance][0]:.3f} to "
-CHANCE += "{calibration[ece_by_chance][1]:.3f} by chance. "
-THEORY = (
-    "If they were true probabilities, {rule} = {calibration[expected_threshold]:.3f} would be "
-)
-THEORY += "best; the nearest threshold here loses {calibration[expected_loss]:z.4f} (95% interval "
-THEORY += "{calibration[expected_loss_interval][0]:z.4f} to "
-THEORY += "{calibration[expected_loss_interval][1]:z.4f})."
+OFF = "They are off by {calibration[ece]:.3f} on average, "
+CHANCE = OFF + "and calibrated ones would be by {low:.3f} to {high:.3f} by chance: "
 MISCALIBRATED = {
-    None: OFF + "what chance does to dependent cases is not known.",
-    True: OFF + CHANCE + "Calibrate them on held-out cases (Platt scaling, isotonic regression).",
-    False: OFF + CHANCE + "That is no sign of miscalibration.",
+    None: OFF + "of which chance may explain much, since the cases depend on each other.",
+    True: CHANCE + "calibrate them on held-out cases (Platt scaling, isotonic regression).",
+    False: CHANCE + "no sign of miscalibration.",
 }
+THEORY = "If they were true probabilities, {rule} = {calibration[expected_threshold]:.3f} would "
+THEORY += "be best; the nearest threshold here loses {calibration[expected_loss]:z.4f} (95% "
+THEORY += "interval {low:z.4f} to {high:z.4f})."
 
 
 def tell_calibration(result):
@@ -1019,10 +990,12 @@ def tell_calibration(result):
         return
     if result.objective.prevalence:
         yield "This is about the cases as they were observed."
-    yield result.fill(MISCALIBRATED[found["miscalibrated"]])
+    low, high = found["ece_by_chance"] if result.choice.clusters is None else (None, None)
+    yield result.fill(MISCALIBRATED[found["miscalibrated"]], low=low, high=high)
     if found["expected_threshold"] is not None:
+        low, high = found["expected_loss_interval"]
         rule = "half the best F1" if result.objective.metric == "f1" else "c_FP/(c_FP + c_FN)"
-        yield result.fill(THEORY, rule=rule)
+        yield result.fill(THEORY, rule=rule, low=low, high=high)
 
 
 # %% 6. Other class balances
@@ -1049,29 +1022,27 @@ def tell_balances(result):
 
 
 # %% 7. What the errors suggest
-def dominant_error(chosen, objective):
-    """Which error outweighs the other by half: "false_alarms", "misses" or None."""
-    chosen, by_cost = chosen.at_prevalence(objective.prevalence), objective.metric == "cost"
-    fp_cost, fn_cost = (objective.fp_cost, objective.fn_cost) if by_cost else (1, 1)
-    alarms, misses = chosen.fp.item() * fp_cost, chosen.fn.item() * fn_cost
-    if alarms > 1.5 * misses:
-        return "false_alarms"
-    return "misses" if misses > 1.5 * alarms else None
-
-
 CURES = {  # of each dominant error: its limit, and where to look
     "false_alarms": ("min_precision", "wrong labels among the highest-scoring negatives"),
     "misses": ("min_recall", "a missing feature in the lowest-scoring positives"),
 }
 
 
-def suggest_limit(table, best, objective, error):
-    """A limit halfway to no such error, if some threshold of the table keeps it."""
-    if error is None or (name := CURES[error][0]) in objective.limits:
-        return None
-    limit = round((1 + best[LIMITS[name]]) / 2, 2)
+def suggest(table, chosen, objective):
+    """The error that outweighs the other by half, and a limit halfway to none, if one is kept."""
+    counts, by_cost = chosen.at_prevalence(objective.prevalence), objective.metric == "cost"
+    alarms, misses = counts.fp.item(), counts.fn.item()
+    if by_cost:
+        alarms, misses = objective.fp_cost * alarms, objective.fn_cost * misses
+    if max(alarms, misses) <= 1.5 * min(alarms, misses):
+        return {"dominant_error": None, "suggestion": None}
+    error = "false_alarms" if alarms > misses else "misses"
+    name = CURES[error][0]
+    limit = round((1 + measure(LIMITS[name], chosen, objective).item()) / 2, 2)
     possible = shortfall(table, replace(objective, **{name: limit})).min() == 0
-    return {"option": option(name), "limit": limit} if possible else None
+    found = {"option": option(name), "limit": limit}
+    new = possible and name not in objective.limits
+    return {"dominant_error": error, "suggestion": found if new else None}
 
 
 def tell_suggestions(result):
@@ -1119,35 +1090,31 @@ def plot_outcomes(plt, result):
     cut = np.searchsorted(bars.threshold, orient * best["threshold"])
     figure, axes = plt.subplots()
     counts, left, right = result.counts(best), slice(0, cut + 1), slice(cut, None)
-    for name, key, side, part, color in (
+    for name, key, sign, part, color in (
         ("hits", "tp", 1, right, BLUE),
         ("misses", "fn", 1, left, ORANGE),
-        ("false alarms", "fp", 0, right, RED),
-        ("correct rejections", "tn", 0, left, SKY),
+        ("false alarms", "fp", -1, right, RED),
+        ("correct rejections", "tn", -1, left, SKY),
     ):
         edges = x[part]
-        heights = (2 * side - 1) * shares[side][part][: edges.size - 1] / abs(np.diff(edges))
+        heights = sign * shares[int(sign > 0), part][: edges.size - 1] / abs(np.diff(edges))
         if heights.size:  # nothing is where everybody or nobody is called positive
             label = f"{name}: {counts[key]:,.0f}"
             axes.stairs(heights, edges, fill=True, color=color, label=label)
     axes.axvline(best["threshold"], color=BLACK, lw=1.5, label=result.fill(CHOSEN))
     axes.axhline(0, color=BLACK, lw=0.8)
-    axes.set_yticks([])
-    axes.set(xlabel="score", ylabel="negatives below, positives above")
-    missed, alarms = 1 - best["recall"], 1 - best["specificity"]
-    axes.set_title(
-        f"Of the positives {missed:.1%} are missed, of the negatives {alarms:.1%} called"
-    )
+    title = f"Of the positives {1 - best['recall']:.1%} are missed, "
+    title += f"of the negatives {1 - best['specificity']:.1%} called"
+    label = "negatives below, positives above\n(each class has area 1)"
+    axes.set(xlabel="score", ylabel=label, yticks=[], title=title)
     return figure
 
 
 def plot_metrics(plt, result):
     """Precision, recall and F1 against the threshold."""
+    title = "At {best[threshold]}, {best[precision]:.1%} of the alerts are right, and "
+    title += "{best[recall]:.1%} of the positives found"
     points = dict.fromkeys(CURVES, result.summary["best"])
-    title = "From {near_optimal[low]} to {near_optimal[high]}, {name} is within "
-    title += "{small_loss:.3g} of its best" + " within the limits" * bool(result.objective.limits)
-    if result.choice.fixed:
-        title = "At {best[threshold]}, {best[precision]:.1%} of the alerts are right"
     return plot_thresholds(plt, result, points, result.fill(title))
 
 
@@ -1287,21 +1254,20 @@ OF_SIMULATION = "scenario n_samples positive_rate"
 
 def check_arguments(a, default):
     """Refuse options that contradict each other or have no effect."""
-    needs = dict.fromkeys(OF_FILES.split(), (a.scores, "without --scores"))
-    needs |= dict.fromkeys(OF_SIMULATION.split(), (not a.scores, "beside --scores"))
-    needs |= dict.fromkeys(["fp_cost", "fn_cost"], (a.metric == "cost", "without --metric cost"))
-    needs["beta"] = a.metric == "f_beta", "without --metric f_beta"
-    limited = any(getattr(a, name) is not None for name in LIMITS)
-    needs["confidence"] = limited, "without a limit, such as --min-precision"
-    needs["threshold"] = not a.test, "beside --test"
-    chosen = a.threshold is None and a.test is None and a.confidence is None
-    needs["holdout"] = chosen, "beside --threshold, --test or --confidence"
-    for name in (name for name in vars(a) if getattr(a, name) != default(name)):
-        useful, where = needs.get(name, (True, ""))
-        if not useful:
-            raise UserError(f"{option(name)} has no effect {where}: leave it out")
-        if a.confidence and name in ("prevalence", "group_column", "threshold"):
-            raise UserError(f"--confidence promises nothing with {option(name)}: leave one out")
+    given = [name for name in vars(a) if getattr(a, name) != default(name)]
+    judged = a.threshold is not None or a.test or a.confidence
+    for names, wrong, why in (
+        (OF_FILES, not a.scores, "has no effect without --scores"),
+        (OF_SIMULATION, a.scores, "has no effect beside --scores"),
+        ("fp_cost fn_cost", a.metric != "cost", "has no effect without --metric cost"),
+        ("beta", a.metric != "f_beta", "has no effect without --metric f_beta"),
+        ("confidence", not {*given} & {*LIMITS}, "has no effect without a limit on a rate"),
+        ("threshold", a.test, "has no effect beside --test"),
+        ("holdout", judged, "has no effect beside --threshold, --test or --confidence"),
+        ("prevalence group_column threshold", a.confidence, "rules out a --confidence"),
+    ):
+        for name in (name for name in given if wrong and name in names.split()):
+            raise UserError(f"{option(name)} {why}: leave it out")
     if a.fp_cost + a.fn_cost == 0:
         raise UserError("--fp-cost and --fn-cost are both 0: give one of them a value")
 
