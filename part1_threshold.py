@@ -96,12 +96,8 @@ def analyse(cases, objective, *, exact=False, given=None, test=None, share=0.5, 
     ----------
     cases, test : utils.Cases
         What chooses, and what judges the choice (None: the same cases); both classes in each.
-    exact : bool
-        Also search all distinct scores.
-    given : float, optional
-        A threshold to judge instead of choosing one.
-    share : float in (0, 1)
-        Share of the cases on which a choice of the others is scored, too.
+    exact, given, share
+        Of the options --exact, --threshold and --holdout.
     **about
         Source and scenario, for the summary.
     """
@@ -193,8 +189,7 @@ RANKINGS = {  # what the area under the ROC curve says before anything else
     "right": "",
     "reversed": "A positive outscores a negative in only {roc_auc:.1%} of pairs (ROC AUC): {seem} "
     "scores seem to mean positive. If so, run again {how} --lower-is-positive.\n",
-    "unclear": "A ROC AUC of {roc_auc:.3f} can be chance here: these scores cannot be told from "
-    "guesses.\n",
+    "unclear": "A ROC AUC of {roc_auc:.3f} can be chance{unclear}.\n",
 }
 CASES = "{made} {source}; {n:,} cases, {n_positive:,} of them positive; seed {seed}."
 
@@ -202,15 +197,19 @@ CASES = "{made} {source}; {n:,} cases, {n_positive:,} of them positive; seed {se
 def tell_scores(result):
     """Which cases the run is about, and whether their scores rank them."""
     summary, objective = result.summary, result.objective
-    seem, how = ("high", "without") if objective.lower_is_positive else ("low", "with")
-    made = "Simulated:" if summary["scenario"] else "Read from"
-    text = RANKINGS[summary["ranking"]] + CASES
-    yield from result.fill(text, made=made, seem=seem, how=how).splitlines()
+    words = {"seem": "low", "how": "with", "unclear": ": these scores may be guesses"}
+    words["made"] = "Simulated:" if summary["scenario"] else "Read from"
+    if objective.lower_is_positive:
+        words |= {"seem": "high", "how": "without"}
+    if groups := summary["groups"]:
+        words["unclear"] = " if a group tells no more than a single case would"
+    yield from result.fill(RANKINGS[summary["ranking"]] + CASES, **words).splitlines()
     if result.cases.remark:
         yield result.cases.remark
-    if groups := summary["groups"]:
-        few = ", of so few too narrowly: take the intervals as a first impression" * (groups < 20)
-        yield f"They come in {groups:,} groups, which are resampled as wholes{few}."
+    if groups:
+        yield f"They come in {groups:,} groups, which are resampled as wholes."
+        if groups < 20:
+            yield "Of so few groups the intervals are too narrow: take them as a first impression."
     if objective.lower_is_positive:
         yield "A case is called positive when score <= threshold."
     if share := objective.prevalence:
@@ -383,15 +382,9 @@ class Objective:
     # Scores of which low ones mean positive are counted as their negatives.
     orient = property(lambda self: -1.0 if self.lower_is_positive else 1.0)
 
-    @property
-    def unlimited(self):
-        """The same without limits."""
-        return replace(self, confidence=None, **dict.fromkeys(LIMITS))
-
-    @property
-    def one_sided(self):
-        """Whether only one class counts, so that calling everybody or nobody is best."""
-        return self.metric in RATES and not self.limits
+    unlimited = property(lambda self: replace(self, confidence=None, **dict.fromkeys(LIMITS)))
+    # Where only one class counts, calling everybody or nobody is best.
+    one_sided = property(lambda self: self.metric in RATES and not self.limits)
 
     @property
     def limits(self):
@@ -890,11 +883,8 @@ def hold_out(cells, share, seed):
 
 
 def check_holdout(choice, share):
-    """What a threshold chosen on one part of the cases does on the other; None if too few.
-
-    And None where these cases do not choose, or a part could not keep the promise of all.
-    """
-    if choice.fixed or choice.objective.confidence:
+    """What a threshold chosen on one part of the cases does on the other; None if too few."""
+    if choice.fixed or choice.objective.confidence:  # no choice, or one that needs all cases
         return None
     table, objective, default = choice.table, choice.objective, choice.table.half
     cells = table.cells() if choice.clusters is None else choice.clusters
@@ -960,7 +950,7 @@ def check_theory(choice, best):
     """Where calibrated probabilities would have the optimum, and what using it loses.
 
     F1: half the best F1 (Lipton, Elkan and Naryanaswamy 2014). Cost: c_FP / (c_FP + c_FN)
-    (Elkan 2001). None for other metrics, under limits, at another prevalence or a given choice.
+    (Elkan 2001). None where neither is known to hold.
     """
     o, found = choice.objective, (None, None, None)
     rules = {"f1": best["f1"] / 2, "cost": o.fp_cost / (o.fp_cost + o.fn_cost)}
@@ -1022,12 +1012,6 @@ def tell_balances(result):
 
 
 # %% 7. What the errors suggest
-CURES = {  # of each dominant error: its limit, and where to look
-    "false_alarms": ("min_precision", "wrong labels among the highest-scoring negatives"),
-    "misses": ("min_recall", "a missing feature in the lowest-scoring positives"),
-}
-
-
 def suggest(table, chosen, objective):
     """The error that outweighs the other by half, and a limit halfway to none, if one is kept."""
     counts, by_cost = chosen.at_prevalence(objective.prevalence), objective.metric == "cost"
@@ -1037,7 +1021,7 @@ def suggest(table, chosen, objective):
     if max(alarms, misses) <= 1.5 * min(alarms, misses):
         return {"dominant_error": None, "suggestion": None}
     error = "false_alarms" if alarms > misses else "misses"
-    name = CURES[error][0]
+    name = {"false_alarms": "min_precision", "misses": "min_recall"}[error]
     limit = round((1 + measure(LIMITS[name], chosen, objective).item()) / 2, 2)
     possible = shortfall(table, replace(objective, **{name: limit})).min() == 0
     found = {"option": option(name), "limit": limit}
@@ -1045,24 +1029,25 @@ def suggest(table, chosen, objective):
     return {"dominant_error": error, "suggestion": found if new else None}
 
 
+ERRORS = "{by_cost} (false alarms: {fp:,.0f}, misses: {fn:,.0f}): "
+ADVICE = {
+    None: "The errors are in balance" + ERRORS + "only better scores remove both kinds.",
+    "false_alarms": "False alarms prevail" + ERRORS + "{limit}look for wrong labels among the "
+    "highest-scoring negatives.",
+    "misses": "Misses prevail" + ERRORS + "{limit}look for a feature that the lowest-scoring "
+    "positives lack.",
+}
+
+
 def tell_suggestions(result):
     """What to try next, from this run's false positives and false negatives."""
     summary, counts = result.summary, result.counts(result.summary["best"])
-    by_cost, error = result.objective.metric == "cost", summary["dominant_error"]
-    both = " by cost" * by_cost
-    both += " (false alarms: {fp:,.0f}, misses: {fn:,.0f}): ".format(**counts)
+    text, limit = ADVICE[summary["dominant_error"]], summary["suggestion"]
     if counts["fp"] + counts["fn"] < 0.5:
-        yield "There are no errors at the chosen threshold among these cases."
-    elif error is None:
-        yield f"The errors are in balance{both}only better scores remove both kinds."
-    else:
-        advice = (
-            "try {suggestion[option]} {suggestion[limit]:g}; or " * bool(summary["suggestion"]),
-            "give them a price (--metric cost); or " * (not by_cost),
-            f"look for {CURES[error][1]}.",
-        )
-        name = error.replace("_", " ").capitalize()
-        yield result.fill(f"{name} prevail{both}" + "".join(advice))
+        text = "There are no errors at the chosen threshold among these cases."
+    limit = "try {option} {limit:g}; or ".format(**limit) if limit else ""
+    by_cost = " by cost" * (result.objective.metric == "cost")
+    yield text.format(by_cost=by_cost, limit=limit, **counts)
 
 
 # %% 8. Files and figures

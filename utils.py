@@ -107,7 +107,7 @@ def number(low, high=math.inf, ends="[]", kind=float):
 
     def parse(text):
         try:
-            value = kind(text)
+            value = kind(text.replace("_", "?"))  # Python would read 1_0 as 10
         except ValueError:
             what = "whole number" if kind is int else "number"
             raise argparse.ArgumentTypeError(f"{text[:30]!r} is not a {what}") from None
@@ -455,7 +455,7 @@ FOREIGN = {  # how files of other kinds begin, what they are, and what exports t
     b"{": ("a JSON file", "pandas' to_csv"),
 }
 UTF_16 = (b"\xff\xfe", b"\xfe\xff")  # the marks it begins with
-MISSING = ("", "nan", "na", "n/a", "#n/a", "<na>", "null", "\\n", "?")  # as a label
+MISSING = ("", "nan", "na", "n/a", "#n/a", "<na>", "null", "\\n", "?", "None", "-")  # as a label
 
 
 class Cases(NamedTuple):
@@ -492,10 +492,7 @@ class _Table:
         column = self.columns[name]
         if isinstance(column, np.ndarray) and column.dtype.kind not in "US":
             return column if column.dtype.kind in "fiub" else np.full(len(column), math.nan)
-        try:
-            return np.array([*map(float, column)])
-        except (ValueError, TypeError):
-            return np.array([_number(str(text), self.comma) for text in column])
+        return np.array([_number(text, self.comma) for text in column])
 
 
 def read_scores(path, label=None, score=None, positive=None, count=None, group=None, unit=False):
@@ -559,6 +556,8 @@ def _read_table(path):
             for start, (what, way) in FOREIGN.items():
                 if head.startswith(start):
                     raise UserError(f"{name} is {what}: export it as CSV, for example by {way}")
+            if b"\0" in head and head[:2] not in UTF_16:
+                raise UserError(f"{name} is UTF-16 without its mark, or no text: save it as UTF-8")
             return _read_csv(name, file, "utf-16" if head[:2] in UTF_16 else "utf-8-sig")
     except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
         reason = getattr(error, "strerror", None) or error
@@ -577,11 +576,11 @@ def _read_csv(path, file, encoding):
     rows, lines = [], []
     try:
         text = io.TextIOWrapper(file, encoding, newline="")
-        top = [next(text, "")]
-        while top[-1] in ("\n", "\r\n"):  # blank lines above the header
-            top.append(next(text, ""))
-        mark = max(",;\t|", key=top[-1].count)
-        reader = csv.reader(itertools.chain(top, text), strict=True, delimiter=mark)
+        above, top = [], next(text, "")
+        while re.fullmatch(r"(sep=.)?\r?\n", top):  # blank, or as Excel begins a file
+            above, top = [*above, "\n"], next(text, "")
+        mark = max(",;\t|", key=top.count)
+        reader = csv.reader(itertools.chain(above, [top], text), strict=True, delimiter=mark)
         header = [name.strip() for name in next(filter(None, reader), [])]
         for row in filter(None, reader):
             rows.append(row)
@@ -590,8 +589,7 @@ def _read_csv(path, file, encoding):
         raise UserError(f"{path} is not a CSV file ({error}): give CSV, NPZ or NPY") from error
     if not header:
         raise UserError(f"{path} is empty: give a CSV file with a header, NPZ or NPY")
-    if all(np.isfinite([_number(name, True) for name in header])):
-        raise UserError(f"{path} begins with numbers: give it a header, such as y_true,y_score")
+    _refuse_numbers(path, header, all)
     table = _Table(path, dict.fromkeys(header, ()), "line", lines, mark == ";")
     fields = [len(row) for row in rows]
     table.refuse(
@@ -606,11 +604,16 @@ def _read_csv(path, file, encoding):
     return replace(table, columns=dict(zip(header, zip(*rows)))) if rows else table
 
 
+def _refuse_numbers(path, header, some):
+    if some(np.isfinite([_number(name, True) for name in header])):
+        raise UserError(f"{path} begins with data: give it a header, such as y_true,y_score")
+
+
 def _read_arrays(path, file):
     """The arrays of an NPZ file; nothing pickled is loaded."""
     try:
         with np.load(file, allow_pickle=False) as arrays:
-            columns = {name: arrays[name] for name in arrays.files}
+            columns = {name: _as_text(arrays[name]) for name in arrays.files}
     except Exception as error:  # a damaged archive can raise almost anything
         raise UserError(f"{path} is not a readable NPZ file ({error})") from error
     if not columns:
@@ -620,12 +623,18 @@ def _read_arrays(path, file):
 
 def _read_array(path, file):
     try:
-        array = np.load(file, allow_pickle=False)
+        array = _as_text(np.load(file, allow_pickle=False))
     except (ValueError, EOFError, MemoryError) as error:
         raise UserError(f"{path} is not a readable NPY file ({error})") from error
     if array.ndim != 2 or array.shape[1] != 2:
         raise UserError(f"{path} has shape {array.shape}: give one of (n, 2), label and score")
     return {"y_true": array[:, 0], "y_score": array[:, 1]}
+
+
+def _as_text(array):
+    if array.dtype.kind == "S":
+        return np.char.decode(array, "utf-8", "backslashreplace")
+    return array
 
 
 def _find_columns(table, label, score, others):
@@ -637,6 +646,7 @@ def _find_columns(table, label, score, others):
         labels = labels or [name for name in kinds if kinds[name] == "two numbers"]
         scores = [name for name in kinds if "numbers" in kinds[name] and name not in labels]
         if len(labels) == len(scores) == 1:
+            _refuse_numbers(table.path, [*labels, *scores], any)
             remark = f"Labels are taken from {labels[0]}, scores from {scores[0]}."
             return labels[0], scores[0], remark
     label, score = label or "y_true", score or "y_score"
@@ -682,18 +692,21 @@ def _find_counts(table, name):
 
 def _find_groups(table, name):
     values = np.array([str(value).strip() for value in np.ravel(table.columns[name]).tolist()])
-    table.refuse(np.isin(np.char.lower(values), MISSING), f"no group in {name}", values, "name it")
+    table.refuse(_is_missing(values), f"no group in {name}", values, "name it")
     return np.unique(values, return_inverse=True)[1]
+
+
+def _is_missing(values):
+    absent = np.isin(values, MISSING) | np.isin(np.char.lower(values), MISSING)
+    return absent & ((values != "-") | ~(values == "+").any())  # beside + it is a sign
 
 
 def _find_positives(table, name, positive, counts):
     """Labels as bool: 1 (or ``positive``) against 0 (or every other value)."""
     values = table.columns[name]
-    if isinstance(values, np.ndarray) and values.dtype.kind == "S":
-        values = np.char.decode(values, "utf-8", "backslashreplace")
     if not (isinstance(values, np.ndarray) and values.dtype.kind in "fiub"):
         values = np.array([str(value).strip() for value in values])
-        absent = np.isin(values, MISSING) | np.isin(np.char.lower(values), MISSING)
+        absent = _is_missing(values)
     else:
         absent = np.isnan(values)
     table.refuse(absent, f"no label in {name}", values, "label or remove them")
@@ -717,6 +730,8 @@ def _find_positives(table, name, positive, counts):
 
 
 def _as_numbers(values):
+    if values.dtype.kind == "U" and np.char.count(values, "_").any():  # 0_1 is no 1
+        return None
     try:
         return values.astype(float)
     except (ValueError, TypeError):
@@ -725,7 +740,7 @@ def _as_numbers(values):
 
 def _number(text, comma):
     try:
-        return float(text.replace(",", ".") if comma else text)
+        return float(text.replace("_", "?").replace(",", "." if comma else ","))
     except ValueError:
         return math.nan
 
