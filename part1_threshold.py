@@ -245,17 +245,10 @@ class Counts:
         tp, fp = self.tp[..., index], self.fp[..., index]
         return replace(self, threshold=self.threshold[index], tp=tp, fp=fp)
 
-    def at(self, thresholds):
-        """The counts at any thresholds, looked up among these."""
-        index = np.searchsorted(self.threshold, thresholds).clip(max=self.threshold.size - 1)
-        return replace(self[index], threshold=np.asarray(thresholds, float))
-
-    def joined(self, other):
-        """These thresholds and the other ones, each once."""
-        both = np.append(self.threshold, other.threshold)
-        _, index = np.unique(both, return_index=True)
-        tp, fp = np.append(self.tp, other.tp), np.append(self.fp, other.fp)
-        return replace(self, threshold=both, tp=tp, fp=fp)[index]
+    def at(self, thresholds, dtype=float):
+        """The counts at any thresholds, which scores of a dtype reach: a float32 0.30 is 0.30."""
+        index = np.searchsorted(self.threshold, thresholds.astype(dtype))
+        return replace(self[index.clip(max=self.threshold.size - 1)], threshold=thresholds)
 
     def at_prevalence(self, share):
         """The same tpr and fpr where this share is positive; the counts become shares."""
@@ -315,22 +308,21 @@ def lay_table(every, optimum, dtype, objective):
     a small loss, or only scores outside the table keep the limits, it is added, and with it 81
     quantiles of the positives' scores: those of all cases would miss what a rare class needs.
     """
-    if every.probabilities:  # compared in their own precision: a float32 0.30 reaches 0.30
-        kind, table = "grid", replace(every.at(GRID.astype(dtype)), threshold=GRID)
-    else:
-        kind, table = "quantiles", shortened(every, quantiles(every.tp + every.fp), dtype)
-    if objective.confidence:  # which may depend on the scores, but not on their labels
-        wanted = np.append(np.geomspace(1, every.n, GRID.size).round(), 0)  # and that of nobody
-        rows = np.unique(last_reaching(wanted, every.tp + every.fp))
-        return "extended", table.joined(shortened(every, rows, dtype))
+    alerts = every.tp + every.fp
+    usual = GRID if every.probabilities else shortened(every, quantiles(alerts), dtype)
+    table = every.at(usual, dtype)
     gain = goodness(every[[optimum]], objective).item() - merits(table, objective).max()
     inside = every.probabilities and GRID[0] <= every.threshold[optimum] <= GRID[-1]
     # Net benefit falls with the threshold itself, so the lowest scores would always be added.
     inside |= objective.metric == "net_benefit"
-    if gain == np.inf or (gain > small_loss(every, objective) and not inside):
+    if objective.confidence:  # which may depend on the scores, but not on their labels
+        wanted = np.append(np.geomspace(1, every.n, GRID.size).round(), 0)  # and that of nobody
+        rows = np.unique(last_reaching(wanted, alerts))
+    elif gain == np.inf or (gain > small_loss(every, objective) and not inside):
         rows = np.union1d(quantiles(every.tp), optimum)
-        kind, table = "extended", table.joined(shortened(every, rows, dtype))
-    return kind, table
+    else:
+        return "grid" if every.probabilities else "quantiles", table
+    return "extended", every.at(np.union1d(usual, shortened(every, rows, dtype)), dtype)
 
 
 def quantiles(reaching, number=GRID.size):
@@ -345,12 +337,10 @@ def last_reaching(wanted, reaching):
 
 
 def shortened(every, rows, dtype):
-    """Those rows of all, each with the threshold of fewest digits that changes no count."""
+    """The thresholds of those rows in the fewest digits that change no count."""
     below = np.append(-np.inf, every.threshold)[rows]
     nobody = rows == every.threshold.size - 1
-    scores = every.threshold[rows].astype(dtype)
-    threshold = [*map(shortest, below, scores, nobody)]
-    return replace(every[rows], threshold=np.array(threshold))
+    return np.array([*map(shortest, below, every.threshold[rows].astype(dtype), nobody)])
 
 
 def shortest(below, score, nobody):
@@ -522,14 +512,13 @@ def choose(cases, objective, given=None, test=None, seed=0):
     kind, table = lay_table(every, find_best(every, asked), dtype, asked)
     if given is not None:
         place = np.array([objective.orient * given])
-        table = table.joined(replace(every.at(place.astype(dtype)), threshold=place))
+        table = every.at(np.union1d(table.threshold, place), dtype)
     allowed = promised(table, objective)
     chosen = find_best(table, asked, allowed)
     chosen = chosen if given is None else table.threshold.searchsorted(place).item()
     if test is not None:  # the thresholds stay; every number is that of the other cases
         cases, every = test, count_every_score(test, objective)
-        own = table.threshold.astype(test.scores.dtype)
-        table = replace(every.at(own), threshold=table.threshold)
+        table = every.at(table.threshold, test.scores.dtype)
     fixed, clusters = given is not None or test is not None, split_groups(cases, table)
     return Choice(table, objective, chosen, seed, fixed, allowed, clusters), cases, every, kind
 
@@ -547,9 +536,9 @@ def small_loss(counts, objective):
     return 0.005 * reach.get(objective.metric, 1)
 
 
-def shortfall(counts, objective):
+def shortfall(counts, objective, allowed=True):
     """By how much each threshold misses the limits, summed; 0 where it keeps them."""
-    missing = 0
+    missing = 1.0 * ~np.array(allowed)
     for name, limit in objective.limits.items():
         below = limit - measure(LIMITS[name], counts, objective)
         below = -below if name.startswith("max") else below
@@ -564,7 +553,7 @@ def eligible(good, missing):
 
 def merits(counts, objective, allowed=True):
     """What a choice maximises: `eligible` goodness, where it is ``allowed``; shape (..., T)."""
-    return eligible(goodness(counts, objective), shortfall(counts, objective) + ~np.array(allowed))
+    return eligible(goodness(counts, objective), shortfall(counts, objective, allowed))
 
 
 def middle_best(values):
@@ -644,7 +633,7 @@ def describe_choice(choice, columns, drawn):
     """The chosen threshold with its intervals, beside 0.5 and the other metrics' choices."""
     table, objective, chosen = choice.table, choice.objective, choice.chosen
     default, metric, loss = table.half, objective.metric, small_loss(table, objective)
-    missing = 0 if choice.fixed else shortfall(table, objective) + ~np.array(choice.allowed)
+    missing = 0 if choice.fixed else shortfall(table, objective, choice.allowed)
     best = row(columns, chosen, metric)
     best |= {f"{name}_interval": ends for name, ends in drawn["intervals"].items()}
     best["value_interval"] = best[f"{metric}_interval"]
@@ -692,8 +681,9 @@ def weigh(gain, loss, n, judged):
 def describe_exact(every, cases, best, choice):
     """The best of all distinct scores, and what keeping to the table costs."""
     objective = choice.objective.unlimited if choice.fixed else choice.objective
-    optimum = shortened(every, np.array([find_best(every, objective)]), cases.scores.dtype)
-    found = row(tabulate(optimum, objective), 0, objective.metric)
+    dtype, optimum = cases.scores.dtype, np.array([find_best(every, objective)])
+    counts = every.at(shortened(every, optimum, dtype), dtype)
+    found = row(tabulate(counts, objective), 0, objective.metric)
     loss = objective.sign * (found["value"] - best["value"])
     # Net benefit falls with the threshold itself, so one between two scores can win.
     return (best if loss < 0 else found) | {"grid_loss": max(0.0, loss)}
