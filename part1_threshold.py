@@ -504,6 +504,9 @@ class Choice:
     allowed: np.ndarray | bool = True  # the thresholds that are proved to keep the limits, (T,)
     clusters: np.ndarray | None = None  # cells of each group, (G, 2, T + 1)
 
+    # What was fixed beforehand is judged whatever the limits.
+    asked = property(lambda self: self.objective.unlimited if self.fixed else self.objective)
+
 
 def choose(cases, objective, given=None, test=None, seed=0):
     """The choice, the cases that judge it, their counts at every score, and the kind of table."""
@@ -520,7 +523,8 @@ def choose(cases, objective, given=None, test=None, seed=0):
         cases, every = test, count_every_score(test, objective)
         table = every.at(table.threshold, test.scores.dtype)
     fixed, clusters = given is not None or test is not None, split_groups(cases, table)
-    return Choice(table, objective, chosen, seed, fixed, allowed, clusters), cases, every, kind
+    choice = Choice(table, objective, chosen, seed, fixed, fixed or allowed, clusters)
+    return choice, cases, every, kind
 
 
 def goodness(counts, objective):
@@ -546,14 +550,10 @@ def shortfall(counts, objective, allowed=True):
     return missing
 
 
-def eligible(good, missing):
-    """Goodness, and -inf where a limit is missed or the metric has no value."""
-    return np.where((missing > 0) | np.isnan(good), -np.inf, good)
-
-
 def merits(counts, objective, allowed=True):
-    """What a choice maximises: `eligible` goodness, where it is ``allowed``; shape (..., T)."""
-    return eligible(goodness(counts, objective), shortfall(counts, objective, allowed))
+    """What a choice maximises: goodness, and -inf where a limit is missed or there is no value."""
+    good = goodness(counts, objective)
+    return np.where((shortfall(counts, objective, allowed) > 0) | np.isnan(good), -np.inf, good)
 
 
 def middle_best(values):
@@ -633,14 +633,13 @@ def describe_choice(choice, columns, drawn):
     """The chosen threshold with its intervals, beside 0.5 and the other metrics' choices."""
     table, objective, chosen = choice.table, choice.objective, choice.chosen
     default, metric, loss = table.half, objective.metric, small_loss(table, objective)
-    missing = 0 if choice.fixed else shortfall(table, objective, choice.allowed)
     best = row(columns, chosen, metric)
     best |= {f"{name}_interval": ends for name, ends in drawn["intervals"].items()}
     best["value_interval"] = best[f"{metric}_interval"]
     best["value_corrected"] = best["value"] - drawn["luck"][metric]
-    eligibles = {m: eligible(METRICS[m].sign * columns[m], missing) for m in METRICS}
-    own = {m: row(columns, middle_best(v), m) for m, v in eligibles.items() if v.max() > -np.inf}
-    values = eligibles[metric]
+    merit = {m: merits(table, replace(choice.asked, metric=m), choice.allowed) for m in METRICS}
+    own = {m: row(columns, middle_best(v), m) for m, v in merit.items() if v.max() > -np.inf}
+    values = merit[metric]
     plateau = range_around(chosen, values, TOLERANCE, columns["threshold"])
     if not choice.fixed:
         ties = np.append(best["threshold_interval"], [*plateau.values()])  # as good in each table
@@ -680,8 +679,8 @@ def weigh(gain, loss, n, judged):
 
 def describe_exact(every, cases, best, choice):
     """The best of all distinct scores, and what keeping to the table costs."""
-    objective = choice.objective.unlimited if choice.fixed else choice.objective
-    dtype, optimum = cases.scores.dtype, np.array([find_best(every, objective)])
+    objective, dtype = choice.asked, cases.scores.dtype
+    optimum = np.array([find_best(every, objective)])
     counts = every.at(shortened(every, optimum, dtype), dtype)
     found = row(tabulate(counts, objective), 0, objective.metric)
     loss = objective.sign * (found["value"] - best["value"])
@@ -983,9 +982,8 @@ def other_balances(table, objective):
     """Best threshold, its value and that at 0.5 if other shares of cases were positive."""
     default, rows = table.half, []
     for share in BALANCES:
-        good = goodness(table, replace(objective, prevalence=share))
-        best = middle_best(eligible(good, 0))
-        value = objective.sign * good + 0.0  # no -0.0
+        there = replace(objective.unlimited, prevalence=share)
+        best, value = middle_best(merits(table, there)), measure(there.metric, table, there)
         found = {"prevalence": share, "threshold": objective.orient * table.threshold[best] + 0.0}
         plain = None if default is None else value[default]
         rows.append(found | {"value": value[best], "value_at_default": plain})
@@ -1158,11 +1156,9 @@ def plot_reliability(plt, result):
     utils.draw_reliability(axes, result.reliability, band=result.choice.clusters is None)
     title = "As probabilities, the scores are off by {calibration[ece]:.3f} on average"
     axes.set_title(result.fill(title))
-    cases = result.bars.cells().sum(0)[1:-1]
-    edges = result.bars.threshold
+    edges, cases = result.bars.threshold, result.bars.cells().sum(0)[1:-1]
     below.stairs(cases / np.diff(edges), edges, fill=True, color=SKY)
-    below.set_yticks([])
-    below.set(xlabel="score", ylabel="cases", xlim=(0, 1))
+    below.set(xlabel="score", ylabel="cases", xlim=(0, 1), yticks=[])
     return figure
 
 
