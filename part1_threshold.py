@@ -188,22 +188,24 @@ def read(path, a):
 RANKINGS = {  # what the area under the ROC curve says before anything else
     "right": "",
     "reversed": "A positive outscores a negative in only {roc_auc:.1%} of pairs (ROC AUC): {seem} "
-    "scores seem to mean positive. If so, run again {how} --lower-is-positive.\n",
-    "unclear": "A ROC AUC of {roc_auc:.3f} can be chance{unclear}.\n",
+    "scores seem to mean positive. If so, run again {how} --lower-is-positive.",
+    "unclear": "A ROC AUC of {roc_auc:.3f} can be chance{unclear}.",
 }
-CASES = "{made} {source}; {n:,} cases, {n_positive:,} of them positive; seed {seed}."
 
 
 def tell_scores(result):
     """Which cases the run is about, and whether their scores rank them."""
     summary, objective = result.summary, result.objective
-    words = {"seem": "low", "how": "with", "unclear": ": these scores may be guesses"}
-    words["made"] = "Simulated:" if summary["scenario"] else "Read from"
-    if objective.lower_is_positive:
-        words |= {"seem": "high", "how": "without"}
+    seem, how = ("high", "without") if objective.lower_is_positive else ("low", "with")
+    unclear = ": these scores may be guesses"
     if groups := summary["groups"]:
-        words["unclear"] = " if a group tells no more than a single case would"
-    yield from result.fill(RANKINGS[summary["ranking"]] + CASES, **words).splitlines()
+        unclear = " if a group tells no more than a single case would"
+    if text := RANKINGS[summary["ranking"]]:
+        yield result.fill(text, seem=seem, how=how, unclear=unclear)
+    made = "Simulated:" if summary["scenario"] else "Read from"
+    yield made + result.fill(
+        " {source}; {n:,} cases, {n_positive:,} of them positive; seed {seed}."
+    )
     if result.cases.remark:
         yield result.cases.remark
     if groups:
