@@ -122,8 +122,8 @@ def analyse(cases, objective, *, exact=False, given=None, test=None, share=0.5, 
         "balances": other_balances(table, objective),
         **suggest(table, best_row, objective),
     }
-    rows = quantiles(every.tp, 1000), quantiles(every.tp + every.fp, 1000), [-1]
-    curve = every[np.unique(np.concatenate(rows) % every.threshold.size)]
+    rows = [*quantiles(every.tp, 1000), *quantiles(every.tp + every.fp, 1000)]
+    curve = every[np.unique([*rows, every.threshold.size - 1])]
     edges = np.append(np.linspace(*every.threshold[[0, -1]], 61), best_row.threshold)
     bars = every.at(np.unique(edges.astype(cases.scores.dtype)))
     shape = utils.reliability(*by_score(every), seed) if every.probabilities else None
@@ -248,7 +248,7 @@ class Counts:
         return replace(self, threshold=self.threshold[index], tp=tp, fp=fp)
 
     def at(self, thresholds, dtype=float):
-        """The counts at any thresholds, which scores of a dtype reach: a float32 0.30 is 0.30."""
+        """The counts at any thresholds, compared in the scores' precision: float32(0.3) is 0.3."""
         index = np.searchsorted(self.threshold, thresholds.astype(dtype))
         return replace(self[index.clip(max=self.threshold.size - 1)], threshold=thresholds)
 
@@ -1062,9 +1062,9 @@ def plot_outcomes(plt, result):
     """The scores of both classes, split by the threshold into the four outcomes."""
     bars, best, orient = result.bars, result.summary["best"], result.objective.orient
     x, shares = orient * bars.threshold, bars.cells()[:, 1:-1] / [[bars.neg], [bars.pos]]
-    cut = np.searchsorted(bars.threshold, orient * best["threshold"])
-    figure, axes = plt.subplots()
+    cut = abs(x - best["threshold"]).argmin()
     counts, left, right = result.counts(best), slice(0, cut + 1), slice(cut, None)
+    figure, axes = plt.subplots()
     for name, key, sign, part, color in (
         ("hits", "tp", 1, right, BLUE),
         ("misses", "fn", 1, left, ORANGE),

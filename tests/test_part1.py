@@ -10,6 +10,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
+import matplotlib.pyplot
 import numpy as np
 import pytest
 from helpers import rounded
@@ -868,6 +869,18 @@ def test_figures_of_unusual_runs_can_be_drawn(tmp_path, monkeypatch, arguments):
     monkeypatch.setattr(part1, "FIGURES", FIGURES)
     run(tmp_path, *arguments.split())
     assert {path.stem for path in tmp_path.glob("*.png")} == set(FIGURES)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("threshold", [0.3, 0.7])
+def test_the_outcomes_are_split_at_the_threshold(dtype, threshold):
+    """In single precision 0.7 is a little less."""
+    labels, scores = sample(2000, dtype=dtype)
+    result = analyse(Cases(labels, scores), Objective(), given=threshold)
+    (axes,) = FIGURES["01_outcomes"](matplotlib.pyplot, result).axes
+    edges = {patch.get_label().split(":")[0]: patch.get_data().edges for patch in axes.patches}
+    for name, end in ("misses", -1), ("correct rejections", -1), ("hits", 0), ("false alarms", 0):
+        assert edges[name][end] == pytest.approx(threshold, abs=1e-6), name
 
 
 def test_scores_outside_0_1_have_no_reliability(tmp_path, monkeypatch):
