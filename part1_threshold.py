@@ -465,6 +465,7 @@ def row(columns, index, metric):
 
 def describe_cases(every, cases, objective):
     """How many cases there are, and how well their scores rank them."""
+    ranking = judge_ranking(every, cases.groups)  # before the two large arrays are made
     recall, precision = (measure(m, every, objective) for m in ("recall", "precision"))
     return {
         "n": every.n,
@@ -474,7 +475,7 @@ def describe_cases(every, cases, objective):
         "roc_auc": abs(np.trapezoid(recall, every.fpr)),
         # Of separable scores the sum can exceed 1 by a rounding error.
         "average_precision": min(-np.diff(recall) @ precision[:-1], 1.0),
-        "ranking": judge_ranking(every, cases.groups),
+        "ranking": ranking,
     }
 
 
@@ -923,8 +924,8 @@ def tell_certainty(result):
 # %% 5. Are the scores probabilities?
 def by_score(every):
     """Each distinct score, its cases and its positives."""
-    negatives, positives = every.cells()[:, 1:-1]
-    return every.threshold[:-1], negatives + positives, positives
+    positives = -np.diff(every.tp)
+    return every.threshold[:-1], positives - np.diff(every.fp), positives
 
 
 def calibration(every, choice, best):

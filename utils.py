@@ -881,9 +881,9 @@ def equal_groups(scores, cases, positives, number):
         Of each group the cases, the positives and the sums of s and s (1 - s). Of perfectly
         calibrated scores s, the last two are mean and variance of the number of positives.
     """
-    below = np.append(0, np.cumsum(cases))  # rises from 0 to n
-    start = np.searchsorted(below, np.arange(number) * below[-1] / number)
-    start = np.unique(start[start < scores.size])
+    upto = np.cumsum(cases)  # the last of a group is the first that reaches its share of them
+    last = np.searchsorted(upto, np.arange(1, number) * upto[-1] / number)
+    start = np.unique(np.append(0, last[last < scores.size - 1] + 1))
     total = cases * scores
     sums = np.add.reduceat(total, start)
     total *= scores
