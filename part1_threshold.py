@@ -1223,7 +1223,6 @@ def metric_name(text):
 
 
 OF_FILES = "label_column score_column positive lower_is_positive count_column group_column test"
-OF_SIMULATION = "scenario n_samples positive_rate"
 
 
 def check_arguments(a, default):
@@ -1232,13 +1231,13 @@ def check_arguments(a, default):
     judged = a.threshold is not None or a.test or a.confidence
     for names, wrong, why in (
         (OF_FILES, not a.scores, "has no effect without --scores"),
-        (OF_SIMULATION, a.scores, "has no effect beside --scores"),
+        ("scenario n_samples positive_rate", a.scores, "has no effect beside --scores"),
         ("fp_cost fn_cost", a.metric != "cost", "has no effect without --metric cost"),
         ("beta", a.metric != "f_beta", "has no effect without --metric f_beta"),
-        ("confidence", not {*given} & {*LIMITS}, "has no effect without a limit on a rate"),
+        ("confidence", not {*given} & {*LIMITS}, "has no effect without a limit (--min-recall)"),
         ("threshold", a.test, "has no effect beside --test"),
         ("holdout", judged, "has no effect beside --threshold, --test or --confidence"),
-        ("prevalence group_column threshold", a.confidence, "rules out a --confidence"),
+        ("prevalence group_column threshold", a.confidence, "does not go with --confidence"),
     ):
         for name in (name for name in given if wrong and name in names.split()):
             raise UserError(f"{option(name)} {why}: leave it out")
