@@ -1199,9 +1199,8 @@ def parse_arguments(argv):
     add("--beta", type=number(0, 1000, "(]"), default=2.0, help="weight of recall in f_beta")
     add("--fp-cost", type=number(0, 1e9), default=1.0, help="cost of a false alarm")
     add("--fn-cost", type=number(0, 1e9), default=1.0, help="cost of a miss")
-    add("--min-precision", type=number(0, 1), help="limit on the precision")
-    add("--min-recall", type=number(0, 1), help="limit on the recall")
-    add("--max-alert-rate", type=number(0, 1), help="limit on the share of alerts")
+    for name, rate in LIMITS.items():
+        add(option(name), type=number(0, 1), help=f"limit on the {METRICS[rate].name}")
     add("--confidence", type=share, help="with which the limits are to be kept")
     add("--prevalence", type=share, help="share of positives where it will be used")
     add("--exact", action="store_true", help="also search all distinct scores")
