@@ -703,7 +703,7 @@ GAIN += "{gain[corrected]:+z.4f} (95% interval {gain[corrected_interval][0]:+z.4
 GAIN += "{gain[corrected_interval][1]:+z.4f}): "
 VERDICTS = {
     "pays": GAIN + "worth having.",
-    "does_not_pay": GAIN + "too small to leave 0.5 for.",
+    "does_not_pay": GAIN + "no reason to leave 0.5.",
     "cannot_tell": GAIN + "these cases cannot tell whether it pays; roughly {needed:,.0f} could.",
     "out": "The default 0.5 reaches {default[value]:.4f}, but is ruled out by the limits.",
     "none": "These scores have no default threshold to compare with.",
@@ -954,7 +954,7 @@ def check_theory(choice, best):
 
 
 OFF = "They are off by {calibration[ece]:.3f} on average, "
-CHANCE = OFF + "and calibrated ones would be by {low:.3f} to {high:.3f} by chance: "
+CHANCE = OFF + "calibrated ones by {low:.3f} to {high:.3f} by chance: "
 MISCALIBRATED = {
     None: OFF + "of which chance may explain much, since the cases depend on each other.",
     True: CHANCE + "calibrate them on held-out cases (Platt scaling, isotonic regression).",
@@ -1025,8 +1025,8 @@ ADVICE = {
     None: "The errors are in balance" + ERRORS + "only better scores remove both kinds.",
     "false_alarms": "False alarms prevail" + ERRORS + "{limit}look for wrong labels among the "
     "highest-scoring negatives.",
-    "misses": "Misses prevail" + ERRORS + "{limit}look for a feature that the lowest-scoring "
-    "positives lack.",
+    "misses": "Misses prevail" + ERRORS + "{limit}look for a missing feature in the "
+    "lowest-scoring positives.",
 }
 
 
