@@ -11,16 +11,13 @@ writes summary.json (every number), thresholds.csv (81 thresholds, all metrics),
 
 A case is called positive when ``score >= threshold``. One sort counts the true and false
 positives at every threshold; all else follows from those counts, so that ten million cases
-take seconds. Read on downwards: the story (main, analyse, narrate); 1. the scores; counting;
-metrics; 2. the best threshold; 3. moving it; 4. certainty; 5. calibration; 6. other class
-balances; 7. the errors; 8. files and figures; the command line.
+take seconds. Read on downwards: the story comes first, then its steps in their order.
 """
 
 from __future__ import annotations
 
 import argparse
 import decimal
-import string
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
@@ -36,6 +33,7 @@ GRID = np.arange(10, 91) / 100
 TOLERANCE = 1e-12  # values closer than this are equally good
 REPLICATES, LEVELS = utils.REPLICATES, utils.LEVELS  # tables behind each 95% interval
 RATES = ("precision", "recall", "specificity", "alert_rate")  # with intervals, whatever is best
+RULES = ("everybody", "nobody")  # that could be called without any score
 LIMITS = {"min_precision": "precision", "min_recall": "recall", "max_alert_rate": "alert_rate"}
 BALANCES = (0.05, 0.10, 0.30, 0.50)  # shares of positives in step 6
 
@@ -81,8 +79,7 @@ class Result:
 
     def fill(self, text, **more):
         """Put numbers of the summary, and ``more``, into a text: ``{best[value]:.4f}``."""
-        name = METRICS[self.objective.metric].name
-        return TEXT.format(text, name=name, **more, **self.summary)
+        return text.format(name=METRICS[self.objective.metric].name, **more, **self.summary)
 
     def counts(self, entry):
         """Hits and errors of a row of the table, at the prevalence, of as many cases."""
@@ -92,64 +89,24 @@ class Result:
         return {"tp": tp, "fn": pos - tp, "tn": tn, "fp": n - pos - tn}
 
 
-class Text(string.Formatter):
-    """str.format with one more type: ``{threshold:>9t}`` has all the digits to type it again."""
-
-    def format_field(self, value, spec):
-        """Format one value."""
-        if spec.endswith("t"):
-            value, spec = str(float(value)).removesuffix(".0"), spec[:-1]
-        return super().format_field(value, spec)
-
-
-TEXT = Text()
-
-
-def analyse(
-    cases,
-    objective,
-    *,
-    exact=False,
-    given=None,
-    test=None,
-    share=0.5,
-    seed=0,
-    source="",
-    scenario=None,
-):
-    """Every number of a run; nothing is printed, drawn or written.
+def analyse(cases, objective, *, exact=False, given=None, test=None, share=0.5, seed=0, **about):
+    """The Result of a run; nothing is printed, drawn or written.
 
     Parameters
     ----------
-    cases : utils.Cases
-        Of both classes. Higher scores mean positive; they are negated where lower ones do.
-    objective : Objective
-    exact : bool
-        Also search all distinct scores.
-    given : float, optional
-        A threshold to judge instead of choosing one.
-    test : utils.Cases, optional
-        Other cases, on which the choice is judged.
-    share : float in (0, 1)
-        Share of the cases on which the choice of the others is scored.
-
-    Returns
-    -------
-    Result
-
-    Raises
-    ------
-    UserError
-        If no score keeps the limits, or the metric has no value.
+    cases, test : utils.Cases
+        What chooses, and what judges the choice (None: the same cases); both classes in each.
+    exact, given, share
+        Of the options --exact, --threshold and --holdout.
+    **about
+        Source and scenario, for the summary.
     """
     choice, cases, every, kind = choose(cases, objective, given, test, seed)
     table, best_row = choice.table, choice.table[[choice.chosen]]
     columns, drawn = tabulate(table, objective), certainty(choice)
     found = describe_choice(choice, columns, drawn)
-    error = dominant_error(best_row, objective)
     summary = {
-        "source": source,
-        "scenario": scenario,
+        **about,
         "chosen_by": "given" if given is not None else "other cases" if test else "these cases",
         "seed": seed,
         **describe_cases(every, cases, objective),
@@ -163,12 +120,14 @@ def analyse(
         "exact": describe_exact(every, cases, found["best"], choice) if exact else None,
         "calibration": calibration(every, choice, found["best"]),
         "balances": other_balances(table, objective),
-        "dominant_error": error,
-        "suggestion": suggest_limit(table, found["best"], objective, error),
+        **suggest(table, best_row, objective),
     }
-    bars = every.at(score_edges(every, best_row.threshold, cases.scores.dtype))
+    rows = [*quantiles(every.tp, 1000), *quantiles(every.tp + every.fp, 1000)]
+    curve = every[np.unique([*rows, every.threshold.size - 1])]
+    edges = np.append(np.linspace(*every.threshold[[0, -1]], 61), best_row.threshold)
+    bars = every.at(np.unique(edges.astype(cases.scores.dtype)))
     shape = utils.reliability(*by_score(every), seed) if every.probabilities else None
-    return Result(cases, choice, thinned(every), bars, columns, shape, drawn["bands"], summary)
+    return Result(cases, choice, curve, bars, columns, shape, drawn["bands"], summary)
 
 
 def narrate(result):
@@ -230,30 +189,31 @@ RANKINGS = {  # what the area under the ROC curve says before anything else
     "right": "",
     "reversed": "A positive outscores a negative in only {roc_auc:.1%} of pairs (ROC AUC): {seem} "
     "scores seem to mean positive. If so, run again {how} --lower-is-positive.",
-    "unclear": "A ROC AUC of {roc_auc:.3f} can be chance here: these scores cannot be told from "
-    "guesses.",
+    "unclear": "A ROC AUC of {roc_auc:.3f} can be chance{unclear}.",
 }
 
 
 def tell_scores(result):
     """Which cases the run is about, and whether their scores rank them."""
     summary, objective = result.summary, result.objective
-    words = {"seem": "high", "how": "without"} if objective.lower_is_positive else {}
-    if text := RANKINGS[summary["ranking"]]:
-        yield result.fill(text, **{"seem": "low", "how": "with"} | words)
-    yield ("Simulated: " if summary["scenario"] else "Read from ") + result.fill(
-        "{source}; {n:,} cases, {n_positive:,} of them positive; seed {seed}."
-    )
-    if summary["chosen_by"] == "other cases":
-        yield "The threshold was chosen on other cases; all numbers are of these."
+    seem, how = ("high", "without") if objective.lower_is_positive else ("low", "with")
+    unclear = ": these scores may be guesses"
     if groups := summary["groups"]:
+        unclear = " if a group tells no more than a single case would"
+    if text := RANKINGS[summary["ranking"]]:
+        yield result.fill(text, seem=seem, how=how, unclear=unclear)
+    made = "Simulated:" if summary["scenario"] else "Read from"
+    yield made + result.fill(
+        " {source}; {n:,} cases, {n_positive:,} of them positive; seed {seed}."
+    )
+    if result.cases.remark:
+        yield result.cases.remark
+    if groups:
         yield f"They come in {groups:,} groups, which are resampled as wholes."
         if groups < 20:
             yield "Of so few groups the intervals are too narrow: take them as a first impression."
-    if result.cases.remark:
-        yield result.cases.remark
     if objective.lower_is_positive:
-        yield "A case is called positive when score <= threshold, since low scores mean positive."
+        yield "A case is called positive when score <= threshold."
     if share := objective.prevalence:
         yield f"From here on, all numbers are for cases of which {100 * share:.4g}% are positive."
 
@@ -287,17 +247,10 @@ class Counts:
         tp, fp = self.tp[..., index], self.fp[..., index]
         return replace(self, threshold=self.threshold[index], tp=tp, fp=fp)
 
-    def at(self, thresholds):
-        """The counts at any thresholds, looked up among these."""
-        index = np.searchsorted(self.threshold, thresholds).clip(max=self.threshold.size - 1)
-        return replace(self[index], threshold=np.asarray(thresholds, float))
-
-    def joined(self, other):
-        """These thresholds and the other ones, each once."""
-        both = np.append(self.threshold, other.threshold)
-        _, index = np.unique(both, return_index=True)
-        tp, fp = np.append(self.tp, other.tp), np.append(self.fp, other.fp)
-        return replace(self, threshold=both, tp=tp, fp=fp)[index]
+    def at(self, thresholds, dtype=float):
+        """The counts at any thresholds, compared in the scores' precision: float32(0.3) is 0.3."""
+        index = np.searchsorted(self.threshold, thresholds.astype(dtype))
+        return replace(self[index.clip(max=self.threshold.size - 1)], threshold=thresholds)
 
     def at_prevalence(self, share):
         """The same tpr and fpr where this share is positive; the counts become shares."""
@@ -332,16 +285,13 @@ def count_every_score(cases, objective):
         keys <<= 1
         keys |= labels
         keys.sort()
-        positive, each = (keys & 1).astype(bool), None
+        tp, total = at_or_above(keys & 1), np.arange(scores.size, -1, -1)
         keys >>= 1
     else:
         order = np.argsort(ordered)
-        ordered[:], positive = ordered[order], labels[order]
-        each = None if counts is None else counts[order]
-    if each is None:
-        tp, total = at_or_above(positive), np.arange(scores.size, -1, -1)
-    else:
-        tp, total = at_or_above(positive * each), at_or_above(each)
+        ordered[:] = ordered[order]
+        each = np.ones(scores.size, int) if counts is None else counts[order]
+        tp, total = at_or_above(labels[order] * each), at_or_above(each)
     fp = total - tp
     first = np.append(True, threshold[1:] != threshold[:-1])  # equal scores are one threshold
     found = Counts(threshold, tp, fp, int(tp[0]), int(fp[0]), bool(probabilities))
@@ -354,43 +304,32 @@ def at_or_above(amounts):
 
 
 def lay_table(every, optimum, dtype, objective):
-    """The thresholds to choose from: the grid, or 81 quantiles of scores outside [0, 1].
+    """A name and the thresholds to choose from: the grid, or quantiles of scores outside [0, 1].
 
     Where the best distinct score (index ``optimum``) lies outside the grid and gains more than
     a small loss, or only scores outside the table keep the limits, it is added, and with it 81
     quantiles of the positives' scores: those of all cases would miss what a rare class needs.
-
-    Returns
-    -------
-    kind : {"grid", "quantiles", "extended"}
-    table : Counts
     """
-    if every.probabilities:  # compared in their own precision: a float32 0.30 reaches 0.30
-        kind, table = "grid", replace(every.at(GRID.astype(dtype)), threshold=GRID)
-    else:
-        kind, table = "quantiles", shortened(every, quantiles(every.tp + every.fp), dtype)
-    if objective.confidence:  # which may depend on the scores, but not on their labels
-        alerts = every.tp + every.fp
-        wanted = np.geomspace(1, every.n, GRID.size).round()
-        rows = last_reaching(wanted, alerts)
-        rows = np.unique(np.append(rows, every.threshold.size - 1))  # and that of nobody
-        return "extended", table.joined(shortened(every, rows, dtype))
-    values = merits(table, objective)
-    gain = goodness(every[[optimum]], objective).item() - values.max()
+    alerts = every.tp + every.fp
+    usual = GRID if every.probabilities else shortened(every, quantiles(alerts), dtype)
+    table = every.at(usual, dtype)
+    gain = goodness(every[[optimum]], objective).item() - merits(table, objective).max()
     inside = every.probabilities and GRID[0] <= every.threshold[optimum] <= GRID[-1]
     # Net benefit falls with the threshold itself, so the lowest scores would always be added.
-    worth = (
-        not inside and objective.metric != "net_benefit" and gain > small_loss(every, objective)
-    )
-    if worth or gain == np.inf:
-        more = shortened(every, np.union1d(quantiles(every.tp), optimum), dtype)
-        kind, table = "extended", table.joined(more)
-    return kind, table
+    inside |= objective.metric == "net_benefit"
+    if objective.confidence:  # which may depend on the scores, but not on their labels
+        wanted = np.append(np.geomspace(1, every.n, GRID.size).round(), 0)  # and that of nobody
+        rows = np.unique(last_reaching(wanted, alerts))
+    elif gain == np.inf or (gain > small_loss(every, objective) and not inside):
+        rows = np.union1d(quantiles(every.tp), optimum)
+    else:
+        return "grid" if every.probabilities else "quantiles", table
+    return "extended", every.at(np.union1d(usual, shortened(every, rows, dtype)), dtype)
 
 
-def quantiles(reaching):
-    """Indices of up to 81 distinct scores with equal shares of these cases between them."""
-    wanted = reaching[0] * (1 - np.arange(GRID.size) / GRID.size)
+def quantiles(reaching, number=GRID.size):
+    """Indices of that many distinct scores at most, equal shares of these cases between them."""
+    wanted = reaching[0] * (1 - np.arange(number) / number)
     return np.unique(last_reaching(wanted, reaching))
 
 
@@ -400,12 +339,10 @@ def last_reaching(wanted, reaching):
 
 
 def shortened(every, rows, dtype):
-    """Those rows of all, each with the threshold of fewest digits that changes no count."""
+    """The thresholds of those rows in the fewest digits that change no count."""
     below = np.append(-np.inf, every.threshold)[rows]
     nobody = rows == every.threshold.size - 1
-    scores = every.threshold[rows].astype(dtype)
-    threshold = [*map(shortest, below, scores, nobody)]
-    return replace(every[rows], threshold=np.array(threshold))
+    return np.array([*map(shortest, below, every.threshold[rows].astype(dtype), nobody)])
 
 
 def shortest(below, score, nobody):
@@ -437,15 +374,9 @@ class Objective:
     # Scores of which low ones mean positive are counted as their negatives.
     orient = property(lambda self: -1.0 if self.lower_is_positive else 1.0)
 
-    @property
-    def unlimited(self):
-        """The same without limits."""
-        return replace(self, confidence=None, **dict.fromkeys(LIMITS))
-
-    @property
-    def one_sided(self):
-        """Whether only one class counts, so that calling everybody or nobody is best."""
-        return self.metric in RATES and not self.limits
+    unlimited = property(lambda self: replace(self, confidence=None, **dict.fromkeys(LIMITS)))
+    # Where only one class counts, calling everybody or nobody is best.
+    one_sided = property(lambda self: self.metric in RATES and not self.limits)
 
     @property
     def limits(self):
@@ -532,31 +463,26 @@ def row(columns, index, metric):
     return values | {"value": values[metric]}
 
 
-def areas(every, objective):
-    """Areas under the ROC curve (trapezoids) and the precision-recall curve (steps)."""
-    recall, precision = (measure(m, every, objective) for m in ("recall", "precision"))
-    roc_auc = abs(np.trapezoid(recall, every.fpr))
-    # Of separable scores the sum can exceed 1 by a rounding error.
-    return {"roc_auc": roc_auc, "average_precision": min(-np.diff(recall) @ precision[:-1], 1.0)}
-
-
 def describe_cases(every, cases, objective):
     """How many cases there are, and how well their scores rank them."""
+    ranking = judge_ranking(every, cases.groups)  # before the two large arrays are made
+    recall, precision = (measure(m, every, objective) for m in ("recall", "precision"))
     return {
         "n": every.n,
         "n_positive": every.pos,
         "groups": None if cases.groups is None else int(cases.groups.max()) + 1,
         "probabilities": every.probabilities,
-        **areas(every, objective),
-        "ranking": judge_ranking(every, cases.groups),
+        "roc_auc": abs(np.trapezoid(recall, every.fpr)),
+        # Of separable scores the sum can exceed 1 by a rounding error.
+        "average_precision": min(-np.diff(recall) @ precision[:-1], 1.0),
+        "ranking": ranking,
     }
 
 
 def judge_ranking(every, groups=None):
     """Whether high scores mean positive: "right", "reversed" or "unclear" (Mann and Whitney 1947).
 
-    By the area's spread, ties included, if the scores said nothing about the labels; of groups
-    as if each were one case.
+    By the area's spread, ties included, if scores were guesses; each group counts as one case.
     """
     n, pairs = every.n, 1.0 * every.pos * every.neg
     ties = -np.diff(1.0 * (every.tp + every.fp))
@@ -566,19 +492,6 @@ def judge_ranking(every, groups=None):
     if abs(above) <= 1.96 * np.sqrt(max(variance, 0)):
         return "unclear"
     return "right" if above > 0 else "reversed"
-
-
-def thinned(every, points=1000):
-    """The counts at so many scores spread over all cases, and over the positives."""
-    even = np.linspace(0, every.threshold.size - 1, points).astype(int)
-    of_positives = last_reaching(np.linspace(every.pos, 0, points), every.tp)
-    return every[np.union1d(even, of_positives)]
-
-
-def score_edges(every, chosen, dtype):
-    """Sixty-one evenly spaced scores from the lowest to the highest, and the chosen threshold."""
-    low, high = every.threshold[[0, -1]]
-    return np.unique(np.append(np.linspace(low, high, 61), chosen).astype(dtype))
 
 
 # %% 2. The best threshold
@@ -594,6 +507,9 @@ class Choice:
     allowed: np.ndarray | bool = True  # the thresholds that are proved to keep the limits, (T,)
     clusters: np.ndarray | None = None  # cells of each group, (G, 2, T + 1)
 
+    # What was fixed beforehand is judged whatever the limits.
+    asked = property(lambda self: self.objective.unlimited if self.fixed else self.objective)
+
 
 def choose(cases, objective, given=None, test=None, seed=0):
     """The choice, the cases that judge it, their counts at every score, and the kind of table."""
@@ -602,16 +518,16 @@ def choose(cases, objective, given=None, test=None, seed=0):
     kind, table = lay_table(every, find_best(every, asked), dtype, asked)
     if given is not None:
         place = np.array([objective.orient * given])
-        table = table.joined(replace(every.at(place.astype(dtype)), threshold=place))
+        table = every.at(np.union1d(table.threshold, place), dtype)
     allowed = promised(table, objective)
     chosen = find_best(table, asked, allowed)
     chosen = chosen if given is None else table.threshold.searchsorted(place).item()
     if test is not None:  # the thresholds stay; every number is that of the other cases
         cases, every = test, count_every_score(test, objective)
-        own = table.threshold.astype(test.scores.dtype)
-        table = replace(every.at(own), threshold=table.threshold)
+        table = every.at(table.threshold, test.scores.dtype)
     fixed, clusters = given is not None or test is not None, split_groups(cases, table)
-    return Choice(table, objective, chosen, seed, fixed, allowed, clusters), cases, every, kind
+    choice = Choice(table, objective, chosen, seed, fixed, fixed or allowed, clusters)
+    return choice, cases, every, kind
 
 
 def goodness(counts, objective):
@@ -627,9 +543,9 @@ def small_loss(counts, objective):
     return 0.005 * reach.get(objective.metric, 1)
 
 
-def shortfall(counts, objective):
+def shortfall(counts, objective, allowed=True):
     """By how much each threshold misses the limits, summed; 0 where it keeps them."""
-    missing = 0
+    missing = 1.0 * ~np.array(allowed)
     for name, limit in objective.limits.items():
         below = limit - measure(LIMITS[name], counts, objective)
         below = -below if name.startswith("max") else below
@@ -637,14 +553,10 @@ def shortfall(counts, objective):
     return missing
 
 
-def eligible(good, missing):
-    """Goodness, and -inf where a limit is missed or the metric has no value."""
-    return np.where((missing > 0) | np.isnan(good), -np.inf, good)
-
-
 def merits(counts, objective, allowed=True):
-    """What a choice maximises: `eligible` goodness, where it is ``allowed``; shape (..., T)."""
-    return eligible(goodness(counts, objective), shortfall(counts, objective) + ~np.array(allowed))
+    """What a choice maximises: goodness, and -inf where a limit is missed or there is no value."""
+    good = goodness(counts, objective)
+    return np.where((shortfall(counts, objective, allowed) > 0) | np.isnan(good), -np.inf, good)
 
 
 def middle_best(values):
@@ -661,19 +573,16 @@ def find_best(counts, objective, allowed=True):
     if np.isnan(goodness(counts, objective)).all():
         raise UserError(f"{objective.metric} has no value at these scores: give another --metric")
     missing = shortfall(counts, objective)
-    given = [f"{option(name)} {limit:g}" for name, limit in objective.limits.items()]
+    given = " and ".join(f"{option(k)} {limit:g}" for k, limit in objective.limits.items())
     if objective.confidence and missing.min() == 0:
         raise UserError(
-            f"these {counts.n:,} cases prove for no threshold that the population keeps "
-            f"{' and '.join(given)} with a confidence of {objective.confidence:g}: "
+            f"these {counts.n:,} cases prove for no threshold that the population keeps {given} "
+            f"with a confidence of {objective.confidence:g}: "
             f"{cases_needed(counts, objective)}, relax a limit or lower --confidence"
         )
-    closest = row(tabulate(counts[[missing.argmin()]], objective), 0, objective.metric)
-    rates = [f"{METRICS[rate].name} {closest[rate]:.4f}" for rate in LIMITS.values()]
-    raise UserError(
-        f"no threshold satisfies {' and '.join(given)}; the closest is "
-        f"{closest['threshold']:.6g} with {', '.join(rates)}: relax a limit"
-    )
+    text = "no threshold satisfies {}; the closest is {threshold:.6g} with precision "
+    text += "{precision:.4f}, recall {recall:.4f}, alert rate {alert_rate:.4f}: relax a limit"
+    raise UserError(text.format(given, **tabulate(counts[missing.argmin()], objective)))
 
 
 def promised(table, objective):
@@ -682,12 +591,10 @@ def promised(table, objective):
     Exact binomial tests in fixed sequences (Angelopoulos et al. 2021, Learn then Test): of the
     precision and the alert rate from the highest threshold down, of the recall from the lowest
     up, each from where the number of cases could prove it until the first that fails. The
-    limits share the chance of a wrong one, 1 - confidence. True without a confidence.
+    limits share the chance of a wrong one, 1 - confidence.
     """
     allowed, limits, alerts = True, objective.limits, table.tp + table.fp
-    if objective.confidence is None:
-        return allowed
-    for name, limit in limits.items():
+    for name, limit in limits.items() if objective.confidence else ():
         right, of, share, step, least = {
             # From a few alerts a single unlucky case would end the sequence.
             "min_precision": (table.tp, alerts, limit, -1, np.sqrt(table.pos)),
@@ -729,31 +636,28 @@ def describe_choice(choice, columns, drawn):
     """The chosen threshold with its intervals, beside 0.5 and the other metrics' choices."""
     table, objective, chosen = choice.table, choice.objective, choice.chosen
     default, metric, loss = table.half, objective.metric, small_loss(table, objective)
-    missing = 0 if choice.fixed else shortfall(table, objective) + ~np.array(choice.allowed)
     best = row(columns, chosen, metric)
     best |= {f"{name}_interval": ends for name, ends in drawn["intervals"].items()}
     best["value_interval"] = best[f"{metric}_interval"]
     best["value_corrected"] = best["value"] - drawn["luck"][metric]
-    eligibles = {m: eligible(METRICS[m].sign * columns[m], missing) for m in METRICS}
-    own = {m: row(columns, middle_best(v), m) for m, v in eligibles.items() if v.max() > -np.inf}
-    values = eligibles[metric]
+    merit = {m: merits(table, replace(choice.asked, metric=m), choice.allowed) for m in METRICS}
+    own = {m: row(columns, middle_best(v), m) for m, v in merit.items() if v.max() > -np.inf}
+    values = merit[metric]
     plateau = range_around(chosen, values, TOLERANCE, columns["threshold"])
     if not choice.fixed:
         ties = np.append(best["threshold_interval"], [*plateau.values()])  # as good in each table
         best["threshold_interval"] = [ties.min(), ties.max()]
     gain = None
     if default is not None:
-        keeps_limits = bool(np.isfinite(values[default]))
-        gain = gain_over(choice, default) | {"default_keeps_limits": keeps_limits}
-        gain = weigh(gain, loss, table.n, keeps_limits and not objective.one_sided)
-    useless = {"tp": np.array([table.pos, 0]), "fp": np.array([table.neg, 0])}
-    useless = tabulate(replace(table[[chosen, chosen]], **useless), objective)
+        judged = np.isfinite(values[default]) and not objective.one_sided
+        gain = weigh(gain_over(choice, default), loss, table.n, judged)
+    called = {"tp": np.array([table.pos, 0]), "fp": np.array([table.neg, 0])}
+    useless = tabulate(replace(table[[chosen, chosen]], **called), objective)
     return {
         "best": best,
         "default": None if default is None else row(columns, default, metric),
         "gain": gain,
-        "everybody": row(useless, 0, metric) | {"threshold": None},
-        "nobody": row(useless, 1, metric) | {"threshold": None},
+        **{rule: row(useless, i, metric) | {"threshold": None} for i, rule in enumerate(RULES)},
         "by_metric": {m: own.get(m) for m in METRICS},
         "plateau": plateau,
         "near_optimal": range_around(chosen, values, loss, columns["threshold"]),
@@ -778,27 +682,28 @@ def weigh(gain, loss, n, judged):
 
 def describe_exact(every, cases, best, choice):
     """The best of all distinct scores, and what keeping to the table costs."""
-    objective = choice.objective.unlimited if choice.fixed else choice.objective
-    optimum = shortened(every, np.array([find_best(every, objective)]), cases.scores.dtype)
-    found = row(tabulate(optimum, objective), 0, objective.metric)
+    objective, dtype = choice.asked, cases.scores.dtype
+    optimum = np.array([find_best(every, objective)])
+    counts = every.at(shortened(every, optimum, dtype), dtype)
+    found = row(tabulate(counts, objective), 0, objective.metric)
     loss = objective.sign * (found["value"] - best["value"])
     # Net benefit falls with the threshold itself, so one between two scores can win.
     return (best if loss < 0 else found) | {"grid_loss": max(0.0, loss)}
 
 
 CHOSEN_BY = {
-    "these cases": "Best threshold for {name}: {best[threshold]:t}",
-    "other cases": "Threshold {best[threshold]:t}, chosen on other cases",
-    "given": "Threshold {best[threshold]:t}, as given",
+    "these cases": "Best threshold for {name}: {best[threshold]}",
+    "other cases": "Threshold {best[threshold]}, chosen on other cases",
+    "given": "Threshold {best[threshold]}, as given",
 }
 VALUE = " ({name} {best[value]:.4f}, 95% interval {best[value_interval][0]:.4f} to "
 VALUE += "{best[value_interval][1]:.4f}). "
-GAIN = "The default 0.5 reaches {default[value]:.4f}. {luck}he "
-GAIN += "gain is {gain[corrected]:+z.4f} (95% interval {gain[corrected_interval][0]:+z.4f} to "
+GAIN = "The default 0.5 reaches {default[value]:.4f}. {luck}he gain is estimated at "
+GAIN += "{gain[corrected]:+z.4f} (95% interval {gain[corrected_interval][0]:+z.4f} to "
 GAIN += "{gain[corrected_interval][1]:+z.4f}): "
 VERDICTS = {
     "pays": GAIN + "worth having.",
-    "does_not_pay": GAIN + "too small to leave 0.5 for.",
+    "does_not_pay": GAIN + "no reason to leave 0.5.",
     "cannot_tell": GAIN + "these cases cannot tell whether it pays; roughly {needed:,.0f} could.",
     "out": "The default 0.5 reaches {default[value]:.4f}, but is ruled out by the limits.",
     "none": "These scores have no default threshold to compare with.",
@@ -808,13 +713,17 @@ VERDICTS = {
 
 
 def headline(result):
-    """The result in a few words: value, default, difference, uncertainty."""
-    gain = result.summary["gain"]
+    """The result in a few words: value, default, difference, uncertainty, what is as good."""
+    summary, objective = result.summary, result.objective
+    gain, best = summary["gain"], summary["best"]["value"]
     verdict = "none" if gain is None else gain["verdict"] or "out"
-    verdict = "one_sided" if result.objective.one_sided else verdict
+    verdict = "one_sided" if objective.one_sided else verdict
     needed = np.ceil(gain["cases_needed"]) if verdict == "cannot_tell" else 0
     needed = float(f"{needed:.1e}")  # two digits say what is known
-    text = CHOSEN_BY[result.summary["chosen_by"]] + VALUE + VERDICTS[verdict]
+    text = CHOSEN_BY[summary["chosen_by"]] + VALUE + VERDICTS[verdict]
+    for rule in () if objective.limits or objective.one_sided else RULES:
+        if objective.sign * (best - summary[rule]["value"]) <= summary["small_loss"]:
+            text += f" But calling {rule} reaches {{{rule}[value]:.4f}}."
     luck = "T" if result.choice.fixed else "Corrected for the luck of the choice, t"
     return result.fill(text, needed=needed, luck=luck)
 
@@ -827,20 +736,16 @@ def tell_choice(result):
     line = "{value:>8.3f}{precision:>11.3f}{recall:>8.3f}{specificity:>13.3f}"
     for own in dict.fromkeys([metric, "f1", "youden_j", "balanced_accuracy"]):
         found = summary["by_metric"][own]
-        yield TEXT.format("  {name:<18}{threshold:>10t}" + line, name=METRICS[own].name, **found)
-    for rule in "everybody", "nobody":
+        yield f"  {METRICS[own].name:<18}{found['threshold']:>10}" + line.format(**found)
+    for rule in RULES:
         yield f"  {f'call {rule}: {METRICS[metric].name}':<28}" + line.format(**summary[rule])
     if metric == "cost":
-        useless = min(summary[rule]["value"] for rule in ("everybody", "nobody"))
-        value, n = summary["best"]["value"], summary["n"]
-        share = f"{abs(1 - value / useless):.0%} " if useless else ""
-        than = f"{share}{'more' if value > useless else 'less'} than"
-        than = "about as much as" if abs(value - useless) <= 0.005 * useless else than
-        yield f"The best threshold costs {value * n:,.6g} in all, {than} the cheaper of those two."
+        own, *others = (summary["n"] * summary[key]["value"] for key in ("best", *RULES))
+        yield f"In all it costs {own:,.6g}, and the cheaper of those two {min(others):,.6g}."
     if metric == "net_benefit":
         yield "Net benefit compares models, not thresholds: each weighs the errors differently."
     yield result.fill(
-        "At {best[threshold]:t}: {tp:,.0f} hits, {fp:,.0f} false alarms, {fn:,.0f} misses, "
+        "At {best[threshold]}: {tp:,.0f} hits, {fp:,.0f} false alarms, {fn:,.0f} misses, "
         "{tn:,.0f} correct rejections. At any threshold: ROC AUC {roc_auc:.4f}, average precision "
         "{average_precision:.4f}.",
         **result.counts(summary["best"]),
@@ -848,10 +753,7 @@ def tell_choice(result):
     if summary["table"] == "extended" and not result.objective.confidence:
         yield "The best ones lie outside the usual table, so scores of positives were added to it."
     if summary["exact"]:
-        yield result.fill(
-            "Of all distinct scores {exact[threshold]:t} is best with {exact[value]:.6f}; the "
-            "table loses {exact[grid_loss]:.6f}."
-        )
+        yield result.fill("Of all distinct scores {exact[threshold]} is best: {exact[value]:.6f}.")
 
 
 # %% 3. What moving the threshold does
@@ -859,10 +761,10 @@ def tell_trade_off(result):
     """The choice, and ten rows of the table down and up from it: 0.1 on the grid."""
     last, chosen = result.table.threshold.size - 1, result.choice.chosen
     yield "  threshold  precision  recall  false alarms    misses"
-    line = "  {threshold:>9t}{precision:>11.3f}{recall:>8.3f}{fp:>14,.0f}{fn:>10,.0f}"
+    line = "  {threshold:>9}{precision:>11.3f}{recall:>8.3f}{fp:>14,.0f}{fn:>10,.0f}"
     for index in sorted({max(chosen - 10, 0), chosen, min(chosen + 10, last)}):
         found = row(result.columns, index, result.objective.metric)
-        yield TEXT.format(line, **found | result.counts(found))
+        yield line.format(**found | result.counts(found))
 
 
 # %% 4. How certain this is
@@ -879,19 +781,12 @@ def split_groups(cases, table):
 
 
 def draw(choice, *cuts):
-    """Tables that the population may have, given the cases, and the choice in each.
+    """Tables that the population may have, given the cases, and the threshold chosen in each.
 
     Bayesian bootstrap (Rubin 1981): a Gamma draw for each cell of the counts gives its share.
     The thresholds ``cuts`` cut each class into parts, and each part has half a case more
     (Jeffreys' prior): that no error was seen does not mean that none is possible. The time
     does not depend on the number of cases. Groups are drawn as wholes.
-
-    Returns
-    -------
-    drawn : Counts
-        Of shape (REPLICATES, T).
-    picks : ndarray of int, shape (REPLICATES,)
-        The threshold chosen in each, or the given one where none keeps the limits.
     """
     table, clusters = choice.table, choice.clusters
     rng = np.random.default_rng(utils.derive_seed(choice.seed, 1, *cuts))
@@ -930,14 +825,10 @@ def ends(draws, seen, lucky, low=-np.inf, high=np.inf):
 
 
 def certainty(choice):
-    """What the counts leave open at the chosen threshold.
+    """What the counts leave open.
 
-    Returns
-    -------
-    dict
-        95% ``intervals`` of the threshold (chosen again in each drawn table) and of metrics at
-        the chosen one, the ``luck`` in those metrics, the probability that the population
-        keeps the ``limits``, and (2, T) ``bands`` of the metrics.
+    95% ``intervals`` of the threshold and of metrics at the chosen one, the ``luck`` in those
+    metrics, how likely the population keeps the ``limits``, and (2, T) ``bands`` of the metrics.
     """
     table, objective, chosen = choice.table, choice.objective, choice.chosen
     drawn, picks = draw(choice, chosen)
@@ -946,16 +837,14 @@ def certainty(choice):
     found["intervals"]["threshold"] = np.sort(objective.orient * thresholds)
     for metric in dict.fromkeys([objective.metric, *RATES, *CURVES, *COMPARED]):
         draws, seen = measure(metric, drawn, objective), measure(metric, table, objective)
-        lucky = luck(draws, seen, picks, chosen)
-        at, extremes = draws[:, chosen], (draws.min(), draws.max())
-        found["intervals"][metric] = ends(at, seen[chosen], lucky, *extremes)
+        lucky, at = luck(draws, seen, picks, chosen), draws[:, chosen]
+        found["intervals"][metric] = ends(at, seen[chosen], lucky, draws.min(), draws.max())
         found["luck"][metric] = lucky
         found["bands"][metric] = np.quantile(draws, LEVELS, axis=0)
-    for name, limit in objective.limits.items():
-        rate = LIMITS[name]
-        expected = measure(rate, drawn, objective)[:, chosen] - found["luck"][rate]
-        kept = expected <= limit if name.startswith("max") else expected >= limit
-        found["limits"][name] = {"limit": limit, "probability": kept.mean()}
+        for name in (name for name in objective.limits if LIMITS[name] == metric):
+            limit, rates = objective.limits[name], at - lucky
+            kept = rates <= limit if name.startswith("max") else rates >= limit
+            found["limits"][name] = {"limit": limit, "probability": kept.mean()}
     return found
 
 
@@ -976,32 +865,18 @@ def gain_over(choice, other):
 
 
 def hold_out(cells, share, seed):
-    """Split the cells at random, by class, into a choosing and a scoring part; (2, T + 1) each.
-
-    Cells of groups, (G, 2, T + 1), are split by group.
-    """
+    """Deal cases or groups at random into a choosing and a scoring part, (2, T + 1) each."""
     rng = np.random.default_rng(utils.derive_seed(seed, 2))
-    if cells.ndim == 3:
-        order = rng.permutation(len(cells))
-        first = round(np.clip(share * len(cells), 1, len(cells) - 1))
-        return cells[order[first:]].sum(0), cells[order[:first]].sum(0)
-    totals = cells.sum(-1)
-    if totals.max() >= 10**9:  # too many for the draw below, and for the difference to matter
-        scoring = rng.binomial(cells, share)
-        return cells - scoring, scoring
-    sizes = np.clip(np.round(totals * share), 1, totals - 1).astype(int)
-    draw = rng.multivariate_hypergeometric
-    # From which cells such a split takes its cases is a multivariate hypergeometric draw.
-    scoring = np.array([draw(part, size, method="marginals") for part, size in zip(cells, sizes)])
+    if cells.ndim == 3:  # of groups
+        scored = rng.random(len(cells)) < share
+        return cells[~scored].sum(0), cells[scored].sum(0)
+    scoring = rng.binomial(cells, share)
     return cells - scoring, scoring
 
 
 def check_holdout(choice, share):
-    """What a threshold chosen on one part of the cases does on the other; None if too few.
-
-    And None where these cases do not choose, or a part could not keep the promise of all.
-    """
-    if choice.fixed or choice.objective.confidence:
+    """What a threshold chosen on one part of the cases does on the other; None if too few."""
+    if choice.fixed or choice.objective.confidence:  # no choice, or one that needs all cases
         return None
     table, objective, default = choice.table, choice.objective, choice.table.half
     cells = table.cells() if choice.clusters is None else choice.clusters
@@ -1023,42 +898,34 @@ def check_holdout(choice, share):
 
 def tell_certainty(result):
     """How far the threshold, its value and its rates may be off."""
-    best, held, gain = (result.summary[key] for key in ("best", "holdout", "gain"))
-    near, objective = result.summary["near_optimal"], result.objective
+    best, objective = result.summary["best"], result.objective
     if not result.choice.fixed:
         yield result.fill(
             "In {replicates:,} tables drawn given these cases, the best threshold is between "
-            "{best[threshold_interval][0]:t} and {best[threshold_interval][1]:t} (95%). From "
-            "{near_optimal[low]:t} to {near_optimal[high]:t} the value is within {small_loss:.3g} "
+            "{best[threshold_interval][0]} and {best[threshold_interval][1]} (95%). From "
+            "{near_optimal[low]} to {near_optimal[high]} the value is within {small_loss:.3g} "
             "of the best. Corrected for the luck of the choice it is {best[value_corrected]:.4f}."
         )
-    # Where many thresholds are as good, more cases would not narrow the interval.
-    if np.ptp(best["threshold_interval"]) > max(0.1, 2 * (near["high"] - near["low"])):
-        yield "That interval of the threshold is wide: label more cases to narrow it."
-    yield result.fill("  at {best[threshold]:<16t}   value  95% interval")
+    yield result.fill("  at {best[threshold]:<16}   value  95% interval")
     for rate in RATES:
         low, high = best[f"{rate}_interval"]
         yield f"  {METRICS[rate].name:<17}{best[rate]:>8.3f}  {low:.3f} to {high:.3f}"
+    kept = "The population keeps {} {limit:g} there with a probability of {probability:.0%}."
     for name, limit in result.summary["limits"].items():
-        kept = f"The population keeps {option(name)} {limit['limit']:g} there"
-        yield f"{kept} with a probability of {limit['probability']:.0%}."
+        yield kept.format(option(name), **limit)
     if objective.confidence:
         wrong = 100 * (1 - objective.confidence)
         yield f"Choices like this one break a limit in at most {wrong:.3g}% of all samples."
-    if held:
-        yield result.fill(
-            "Chosen on one part of the cases ({holdout[threshold]:t}, value "
-            "{holdout[value_where_chosen]:.4f}) and scored on the other {holdout[n]:,}: "
-            "{holdout[value]:.4f}{over}.",
-            over=f", {held['gain']:+z.4f} over 0.5" if gain and gain["verdict"] else "",
-        )
+    held = "Chosen on one part of the cases ({threshold}), scored on the other {n:,}: {value:.4f}."
+    if result.summary["holdout"]:
+        yield held.format(**result.summary["holdout"])
 
 
 # %% 5. Are the scores probabilities?
 def by_score(every):
     """Each distinct score, its cases and its positives."""
-    negatives, positives = every.cells()[:, 1:-1]
-    return every.threshold[:-1], negatives + positives, positives
+    positives = -np.diff(every.tp)
+    return every.threshold[:-1], positives - np.diff(every.fp), positives
 
 
 def calibration(every, choice, best):
@@ -1068,38 +935,34 @@ def calibration(every, choice, best):
     found = utils.calibration(*by_score(every), choice.seed)
     if choice.clusters is not None:  # chance is that of independent cases
         found |= {"ece_by_chance": None, "miscalibrated": None}
-    # The order is that of summary.json.
-    return {"ece": None, "groups": None} | check_theory(choice, best) | found
+    return found | check_theory(choice, best)
 
 
 def check_theory(choice, best):
     """Where calibrated probabilities would have the optimum, and what using it loses.
 
     F1: half the best F1 (Lipton, Elkan and Naryanaswamy 2014). Cost: c_FP / (c_FP + c_FN)
-    (Elkan 2001). None for other metrics, under limits, at another prevalence or a given choice.
+    (Elkan 2001). None where neither is known to hold.
     """
-    table, o = choice.table, choice.objective
+    o, found = choice.objective, (None, None, None)
     rules = {"f1": best["f1"] / 2, "cost": o.fp_cost / (o.fp_cost + o.fn_cost)}
-    expected = rules.get(o.metric)
-    if expected is None or o.limits or o.prevalence is not None or choice.fixed:
-        return dict.fromkeys(["expected_threshold", "expected_loss", "expected_loss_interval"])
-    loss = gain_over(choice, abs(table.threshold - expected).argmin())
-    return {
-        "expected_threshold": expected,
-        "expected_loss": loss["value"],
-        "expected_loss_interval": loss["corrected_interval"],
-    }
+    if o.metric in rules and not (o.limits or o.prevalence or choice.fixed):
+        expected = rules[o.metric]
+        loss = gain_over(choice, abs(choice.table.threshold - expected).argmin())
+        found = expected, loss["value"], loss["corrected_interval"]
+    return dict(zip(["expected_threshold", "expected_loss", "expected_loss_interval"], found))
 
 
-OFF = "Over {calibration[groups]} groups of like size they are off by {calibration[ece]:.3f} on "
-OFF += "average; "
-CHANCE = "so many calibrated ones would be off by {calibration[ece_by_chance][0]:.3f} to "
-CHANCE += "{calibration[ece_by_chance][1]:.3f} by chance. "
+OFF = "They are off by {calibration[ece]:.3f} on average, "
+CHANCE = OFF + "calibrated ones by {low:.3f} to {high:.3f} by chance: "
 MISCALIBRATED = {
-    None: OFF + "what chance does to dependent cases is not known.",
-    True: OFF + CHANCE + "Calibrate them on held-out cases (Platt scaling, isotonic regression).",
-    False: OFF + CHANCE + "That is no sign of miscalibration.",
+    None: OFF + "of which chance may explain much, since the cases depend on each other.",
+    True: CHANCE + "calibrate them on held-out cases (Platt scaling, isotonic regression).",
+    False: CHANCE + "no sign of miscalibration.",
 }
+THEORY = "If they were true probabilities, {rule} = {calibration[expected_threshold]:.3f} would "
+THEORY += "be best; the nearest threshold here loses {calibration[expected_loss]:z.4f} (95% "
+THEORY += "interval {low:z.4f} to {high:z.4f})."
 
 
 def tell_calibration(result):
@@ -1109,16 +972,12 @@ def tell_calibration(result):
         return
     if result.objective.prevalence:
         yield "This is about the cases as they were observed."
-    yield result.fill(MISCALIBRATED[found["miscalibrated"]])
+    low, high = found["ece_by_chance"] if result.choice.clusters is None else (None, None)
+    yield result.fill(MISCALIBRATED[found["miscalibrated"]], low=low, high=high)
     if found["expected_threshold"] is not None:
         low, high = found["expected_loss_interval"]
-        yield result.fill(
-            "If they were true probabilities, {rule} = {calibration[expected_threshold]:.3f} "
-            "would be best; the nearest threshold here loses {calibration[expected_loss]:z.4f} "
-            f"(95% interval {low:z.4f} to {high:z.4f}), "
-            f"{'more than' if low > 0 else 'maybe by'} chance.",
-            rule="half the best F1" if result.objective.metric == "f1" else "c_FP/(c_FP + c_FN)",
-        )
+        rule = "half the best F1" if result.objective.metric == "f1" else "c_FP/(c_FP + c_FN)"
+        yield result.fill(THEORY, rule=rule, low=low, high=high)
 
 
 # %% 6. Other class balances
@@ -1126,9 +985,8 @@ def other_balances(table, objective):
     """Best threshold, its value and that at 0.5 if other shares of cases were positive."""
     default, rows = table.half, []
     for share in BALANCES:
-        good = goodness(table, replace(objective, prevalence=share))
-        best = middle_best(eligible(good, 0))
-        value = objective.sign * good + 0.0  # no -0.0
+        there = replace(objective.unlimited, prevalence=share)
+        best, value = middle_best(merits(table, there)), measure(there.metric, table, there)
         found = {"prevalence": share, "threshold": objective.orient * table.threshold[best] + 0.0}
         plain = None if default is None else value[default]
         rows.append(found | {"value": value[best], "value_at_default": plain})
@@ -1138,59 +996,49 @@ def other_balances(table, objective):
 def tell_balances(result):
     """One row for each share of positives."""
     yield "  positives  threshold      best    at 0.5"
-    line = "  {prevalence:>9.0%}{threshold:>11t}{value:>10.3f}{plain:>10}"
+    line = "  {prevalence:>9.0%}{threshold:>11}{value:>10.3f}{plain:>10}"
     for found in result.summary["balances"]:
         plain = found["value_at_default"]
-        yield TEXT.format(line, plain="-" if plain is None else f"{plain:.3f}", **found)
+        yield line.format(plain="-" if plain is None else f"{plain:.3f}", **found)
 
 
 # %% 7. What the errors suggest
-def dominant_error(chosen, objective):
-    """Which error outweighs the other by half: "false_alarms", "misses" or None."""
-    chosen, by_cost = chosen.at_prevalence(objective.prevalence), objective.metric == "cost"
-    fp_cost, fn_cost = (objective.fp_cost, objective.fn_cost) if by_cost else (1, 1)
-    alarms, misses = chosen.fp.item() * fp_cost, chosen.fn.item() * fn_cost
-    if alarms > 1.5 * misses:
-        return "false_alarms"
-    return "misses" if misses > 1.5 * alarms else None
-
-
-CURES = {  # of each dominant error: its name, limit and price, and where to look
-    "false_alarms": ("False alarms", "min_precision", "--fp-cost",
-                     "wrong labels among the highest-scoring negatives"),
-    "misses": ("Misses", "min_recall", "--fn-cost",
-               "a missing feature in the lowest-scoring positives"),
-}  # fmt: skip
-
-
-def suggest_limit(table, best, objective, error):
-    """A limit halfway to no such error, if some threshold of the table keeps it."""
-    name = CURES[error][1] if error else None
-    if name is None or name in objective.limits:
-        return None
-    limit = round((1 + best[LIMITS[name]]) / 2, 2)
+def suggest(table, chosen, objective):
+    """The error that outweighs the other by half, and a limit halfway to none, if one is kept."""
+    counts, by_cost = chosen.at_prevalence(objective.prevalence), objective.metric == "cost"
+    alarms, misses = counts.fp.item(), counts.fn.item()
+    if by_cost:
+        alarms, misses = objective.fp_cost * alarms, objective.fn_cost * misses
+    if max(alarms, misses) <= 1.5 * min(alarms, misses):
+        return {"dominant_error": None, "suggestion": None}
+    error = "false_alarms" if alarms > misses else "misses"
+    name = {"false_alarms": "min_precision", "misses": "min_recall"}[error]
+    limit = round((1 + measure(LIMITS[name], chosen, objective).item()) / 2, 2)
     possible = shortfall(table, replace(objective, **{name: limit})).min() == 0
-    return {"option": option(name), "limit": limit} if possible else None
+    found = {"option": option(name), "limit": limit}
+    new = possible and name not in objective.limits
+    return {"dominant_error": error, "suggestion": found if new else None}
+
+
+ERRORS = "{by_cost} (false alarms: {fp:,.0f}, misses: {fn:,.0f}): "
+ADVICE = {
+    None: "The errors are in balance" + ERRORS + "only better scores remove both kinds.",
+    "false_alarms": "False alarms prevail" + ERRORS + "{limit}look for wrong labels among the "
+    "highest-scoring negatives.",
+    "misses": "Misses prevail" + ERRORS + "{limit}look for a missing feature in the "
+    "lowest-scoring positives.",
+}
 
 
 def tell_suggestions(result):
     """What to try next, from this run's false positives and false negatives."""
-    summary, metric = result.summary, result.objective.metric
-    counts = result.counts(summary["best"])
-    both = "false alarms: {fp:,.0f}, misses: {fn:,.0f}".format(**counts)
-    weighed = " by cost" * (metric == "cost")
+    summary, counts = result.summary, result.counts(result.summary["best"])
+    text, limit = ADVICE[summary["dominant_error"]], summary["suggestion"]
     if counts["fp"] + counts["fn"] < 0.5:
-        yield "There are no errors at the chosen threshold among these cases."
-    elif summary["dominant_error"] is None:
-        yield f"The errors are in balance{weighed} ({both}): only better scores remove both kinds."
-    else:
-        name, _, price, place = CURES[summary["dominant_error"]]
-        advice = [f"look for {place}"]
-        if metric != "cost":
-            advice.insert(0, f"give them a price (--metric cost with a higher {price})")
-        if summary["suggestion"]:
-            advice.insert(0, result.fill("try {suggestion[option]} {suggestion[limit]:g}"))
-        yield f"{name} prevail{weighed} ({both}): {'; or '.join(advice)}."
+        text = "There are no errors at the chosen threshold among these cases."
+    limit = "try {option} {limit:g}; or ".format(**limit) if limit else ""
+    by_cost = " by cost" * (result.objective.metric == "cost")
+    yield text.format(by_cost=by_cost, limit=limit, **counts)
 
 
 # %% 8. Files and figures
@@ -1207,7 +1055,7 @@ def save(result, folder):
 
 CURVES = ("precision", "recall", "f1")  # of the second figure
 COMPARED = ("f1", "youden_j", "balanced_accuracy", "mcc")  # of the fifth
-CHOSEN = "chosen {best[threshold]:t} ({name} {best[value]:.3f})"
+CHOSEN = "chosen {best[threshold]} ({name} {best[value]:.3f})"
 SQUARE = {"xlim": (-0.01, 1.01), "ylim": (-0.01, 1.01), "aspect": "equal"}
 
 
@@ -1215,38 +1063,34 @@ def plot_outcomes(plt, result):
     """The scores of both classes, split by the threshold into the four outcomes."""
     bars, best, orient = result.bars, result.summary["best"], result.objective.orient
     x, shares = orient * bars.threshold, bars.cells()[:, 1:-1] / [[bars.neg], [bars.pos]]
-    cut = np.searchsorted(bars.threshold, orient * best["threshold"])
-    figure, axes = plt.subplots()
+    cut = abs(x - best["threshold"]).argmin()
     counts, left, right = result.counts(best), slice(0, cut + 1), slice(cut, None)
-    for name, key, side, part, color in (
+    figure, axes = plt.subplots()
+    for name, key, sign, part, color in (
         ("hits", "tp", 1, right, BLUE),
         ("misses", "fn", 1, left, ORANGE),
-        ("false alarms", "fp", 0, right, RED),
-        ("correct rejections", "tn", 0, left, SKY),
+        ("false alarms", "fp", -1, right, RED),
+        ("correct rejections", "tn", -1, left, SKY),
     ):
         edges = x[part]
-        heights = (2 * side - 1) * shares[side][part][: edges.size - 1] / abs(np.diff(edges))
+        heights = sign * shares[int(sign > 0), part][: edges.size - 1] / abs(np.diff(edges))
         if heights.size:  # nothing is where everybody or nobody is called positive
             label = f"{name}: {counts[key]:,.0f}"
             axes.stairs(heights, edges, fill=True, color=color, label=label)
     axes.axvline(best["threshold"], color=BLACK, lw=1.5, label=result.fill(CHOSEN))
     axes.axhline(0, color=BLACK, lw=0.8)
-    axes.set_yticks([])
-    axes.set(xlabel="score", ylabel="negatives below, positives above")
-    missed, alarms = 1 - best["recall"], 1 - best["specificity"]
-    axes.set_title(
-        f"Of the positives {missed:.1%} are missed, of the negatives {alarms:.1%} called"
-    )
+    title = f"Of the positives {1 - best['recall']:.1%} are missed, "
+    title += f"of the negatives {1 - best['specificity']:.1%} called"
+    label = "negatives below, positives above\n(each class has area 1)"
+    axes.set(xlabel="score", ylabel=label, yticks=[], title=title)
     return figure
 
 
 def plot_metrics(plt, result):
     """Precision, recall and F1 against the threshold."""
+    title = "At {best[threshold]}, {best[precision]:.1%} of the alerts are right, and "
+    title += "{best[recall]:.1%} of the positives found"
     points = dict.fromkeys(CURVES, result.summary["best"])
-    title = "From {near_optimal[low]:t} to {near_optimal[high]:t}, {name} is within "
-    title += "{small_loss:.3g} of its best" + " within the limits" * bool(result.objective.limits)
-    if result.choice.fixed:
-        title = "At {best[threshold]:t}, {best[precision]:.1%} of the alerts are right"
     return plot_thresholds(plt, result, points, result.fill(title))
 
 
@@ -1255,8 +1099,8 @@ def plot_comparison(plt, result):
     metrics = dict.fromkeys([*COMPARED, result.objective.metric])
     points = {metric: result.summary["by_metric"][metric] for metric in metrics}
     places = [point["threshold"] for point in points.values()]
-    title = "The best thresholds of these metrics (dots) lie from {:t} to {:t}"
-    return plot_thresholds(plt, result, points, TEXT.format(title, min(places), max(places)))
+    title = "The best thresholds of these metrics (dots) lie from {} to {}"
+    return plot_thresholds(plt, result, points, title.format(min(places), max(places)))
 
 
 def plot_thresholds(plt, result, points, title):
@@ -1315,11 +1159,9 @@ def plot_reliability(plt, result):
     utils.draw_reliability(axes, result.reliability, band=result.choice.clusters is None)
     title = "As probabilities, the scores are off by {calibration[ece]:.3f} on average"
     axes.set_title(result.fill(title))
-    cases = result.bars.cells().sum(0)[1:-1]
-    edges = result.bars.threshold
+    edges, cases = result.bars.threshold, result.bars.cells().sum(0)[1:-1]
     below.stairs(cases / np.diff(edges), edges, fill=True, color=SKY)
-    below.set_yticks([])
-    below.set(xlabel="score", ylabel="cases", xlim=(0, 1))
+    below.set(xlabel="score", ylabel="cases", xlim=(0, 1), yticks=[])
     return figure
 
 
@@ -1357,9 +1199,8 @@ def parse_arguments(argv):
     add("--beta", type=number(0, 1000, "(]"), default=2.0, help="weight of recall in f_beta")
     add("--fp-cost", type=number(0, 1e9), default=1.0, help="cost of a false alarm")
     add("--fn-cost", type=number(0, 1e9), default=1.0, help="cost of a miss")
-    add("--min-precision", type=number(0, 1), help="limit on the precision")
-    add("--min-recall", type=number(0, 1), help="limit on the recall")
-    add("--max-alert-rate", type=number(0, 1), help="limit on the share of alerts")
+    for name, rate in LIMITS.items():
+        add(option(name), type=number(0, 1), help=f"limit on the {METRICS[rate].name}")
     add("--confidence", type=share, help="with which the limits are to be kept")
     add("--prevalence", type=share, help="share of positives where it will be used")
     add("--exact", action="store_true", help="also search all distinct scores")
@@ -1381,26 +1222,24 @@ def metric_name(text):
 
 
 OF_FILES = "label_column score_column positive lower_is_positive count_column group_column test"
-OF_SIMULATION = "scenario n_samples positive_rate"
 
 
 def check_arguments(a, default):
     """Refuse options that contradict each other or have no effect."""
-    needs = dict.fromkeys(OF_FILES.split(), (a.scores, "without --scores"))
-    needs |= dict.fromkeys(OF_SIMULATION.split(), (not a.scores, "beside --scores"))
-    needs |= dict.fromkeys(["fp_cost", "fn_cost"], (a.metric == "cost", "without --metric cost"))
-    needs["beta"] = a.metric == "f_beta", "without --metric f_beta"
-    limited = any(getattr(a, name) is not None for name in LIMITS)
-    needs["confidence"] = limited, "without a limit, such as --min-precision"
-    needs["threshold"] = not a.test, "beside --test"
-    chosen = a.threshold is None and a.test is None and a.confidence is None
-    needs["holdout"] = chosen, "beside --threshold, --test or --confidence"
-    for name in (name for name in vars(a) if getattr(a, name) != default(name)):
-        useful, where = needs.get(name, (True, ""))
-        if not useful:
-            raise UserError(f"{option(name)} has no effect {where}: leave it out")
-        if a.confidence and name in ("prevalence", "group_column", "threshold"):
-            raise UserError(f"--confidence promises nothing with {option(name)}: leave one out")
+    given = [name for name in vars(a) if getattr(a, name) != default(name)]
+    judged = a.threshold is not None or a.test or a.confidence
+    for names, wrong, why in (
+        (OF_FILES, not a.scores, "has no effect without --scores"),
+        ("scenario n_samples positive_rate", a.scores, "has no effect beside --scores"),
+        ("fp_cost fn_cost", a.metric != "cost", "has no effect without --metric cost"),
+        ("beta", a.metric != "f_beta", "has no effect without --metric f_beta"),
+        ("confidence", not {*given} & {*LIMITS}, "has no effect without a limit (--min-recall)"),
+        ("threshold", a.test, "has no effect beside --test"),
+        ("holdout", judged, "has no effect beside --threshold, --test or --confidence"),
+        ("prevalence group_column threshold", a.confidence, "does not go with --confidence"),
+    ):
+        for name in (name for name in given if wrong and name in names.split()):
+            raise UserError(f"{option(name)} {why}: leave it out")
     if a.fp_cost + a.fn_cost == 0:
         raise UserError("--fp-cost and --fn-cost are both 0: give one of them a value")
 

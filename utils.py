@@ -108,7 +108,7 @@ def number(low, high=math.inf, ends="[]", kind=float):
 
     def parse(text):
         try:
-            value = kind(text)
+            value = kind(text.replace("_", "?"))  # Python would read 1_0 as 10
         except ValueError:
             what = "whole number" if kind is int else "number"
             raise argparse.ArgumentTypeError(f"{text[:30]!r} is not a {what}") from None
@@ -483,7 +483,7 @@ FOREIGN = {  # how files of other kinds begin, what they are, and what exports t
     b"{": ("a JSON file", "pandas' to_csv"),
 }
 UTF_16 = (b"\xff\xfe", b"\xfe\xff")  # the marks it begins with
-MISSING = ("", "nan", "na", "n/a", "#n/a", "<na>", "null", "\\n", "?")  # as a label
+MISSING = ("", "nan", "na", "n/a", "#n/a", "<na>", "null", "\\n", "?", "None", "-")  # as a label
 
 
 class Cases(NamedTuple):
@@ -520,10 +520,7 @@ class _Table:
         column = self.columns[name]
         if isinstance(column, np.ndarray) and column.dtype.kind not in "US":
             return column if column.dtype.kind in "fiub" else np.full(len(column), math.nan)
-        try:
-            return np.array([*map(float, column)])
-        except (ValueError, TypeError):
-            return np.array([_number(str(text), self.comma) for text in column])
+        return np.array([_number(text, self.comma) for text in column])
 
 
 def read_scores(path, label=None, score=None, positive=None, count=None, group=None, unit=False):
@@ -587,6 +584,8 @@ def _read_table(path):
             for start, (what, way) in FOREIGN.items():
                 if head.startswith(start):
                     raise UserError(f"{name} is {what}: export it as CSV, for example by {way}")
+            if b"\0" in head and head[:2] not in UTF_16:
+                raise UserError(f"{name} is UTF-16 without its mark, or no text: save it as UTF-8")
             return _read_csv(name, file, "utf-16" if head[:2] in UTF_16 else "utf-8-sig")
     except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
         reason = getattr(error, "strerror", None) or error
@@ -605,11 +604,11 @@ def _read_csv(path, file, encoding):
     rows, lines = [], []
     try:
         text = io.TextIOWrapper(file, encoding, newline="")
-        top = [next(text, "")]
-        while top[-1] in ("\n", "\r\n"):  # blank lines above the header
-            top.append(next(text, ""))
-        mark = max(",;\t|", key=top[-1].count)
-        reader = csv.reader(itertools.chain(top, text), strict=True, delimiter=mark)
+        above, top = [], next(text, "")
+        while re.fullmatch(r"(sep=.)?\r?\n", top):  # blank, or as Excel begins a file
+            above, top = [*above, "\n"], next(text, "")
+        mark = max(",;\t|", key=top.count)
+        reader = csv.reader(itertools.chain(above, [top], text), strict=True, delimiter=mark)
         header = [name.strip() for name in next(filter(None, reader), [])]
         for row in filter(None, reader):
             rows.append(row)
@@ -618,8 +617,7 @@ def _read_csv(path, file, encoding):
         raise UserError(f"{path} is not a CSV file ({error}): give CSV, NPZ or NPY") from error
     if not header:
         raise UserError(f"{path} is empty: give a CSV file with a header, NPZ or NPY")
-    if all(np.isfinite([_number(name, True) for name in header])):
-        raise UserError(f"{path} begins with numbers: give it a header, such as y_true,y_score")
+    _refuse_numbers(path, header, all)
     table = _Table(path, dict.fromkeys(header, ()), "line", lines, mark == ";")
     fields = [len(row) for row in rows]
     table.refuse(
@@ -634,11 +632,16 @@ def _read_csv(path, file, encoding):
     return replace(table, columns=dict(zip(header, zip(*rows)))) if rows else table
 
 
+def _refuse_numbers(path, header, some):
+    if some(np.isfinite([_number(name, True) for name in header])):
+        raise UserError(f"{path} begins with data: give it a header, such as y_true,y_score")
+
+
 def _read_arrays(path, file):
     """The arrays of an NPZ file; nothing pickled is loaded."""
     try:
         with np.load(file, allow_pickle=False) as arrays:
-            columns = {name: arrays[name] for name in arrays.files}
+            columns = {name: _as_text(arrays[name]) for name in arrays.files}
     except Exception as error:  # a damaged archive can raise almost anything
         raise UserError(f"{path} is not a readable NPZ file ({error})") from error
     if not columns:
@@ -648,12 +651,18 @@ def _read_arrays(path, file):
 
 def _read_array(path, file):
     try:
-        array = np.load(file, allow_pickle=False)
+        array = _as_text(np.load(file, allow_pickle=False))
     except (ValueError, EOFError, MemoryError) as error:
         raise UserError(f"{path} is not a readable NPY file ({error})") from error
     if array.ndim != 2 or array.shape[1] != 2:
         raise UserError(f"{path} has shape {array.shape}: give one of (n, 2), label and score")
     return {"y_true": array[:, 0], "y_score": array[:, 1]}
+
+
+def _as_text(array):
+    if array.dtype.kind == "S":
+        return np.char.decode(array, "utf-8", "backslashreplace")
+    return array
 
 
 def _find_columns(table, label, score, others):
@@ -665,6 +674,7 @@ def _find_columns(table, label, score, others):
         labels = labels or [name for name in kinds if kinds[name] == "two numbers"]
         scores = [name for name in kinds if "numbers" in kinds[name] and name not in labels]
         if len(labels) == len(scores) == 1:
+            _refuse_numbers(table.path, [*labels, *scores], any)
             remark = f"Labels are taken from {labels[0]}, scores from {scores[0]}."
             return labels[0], scores[0], remark
     label, score = label or "y_true", score or "y_score"
@@ -710,18 +720,21 @@ def _find_counts(table, name):
 
 def _find_groups(table, name):
     values = np.array([str(value).strip() for value in np.ravel(table.columns[name]).tolist()])
-    table.refuse(np.isin(np.char.lower(values), MISSING), f"no group in {name}", values, "name it")
+    table.refuse(_is_missing(values), f"no group in {name}", values, "name it")
     return np.unique(values, return_inverse=True)[1]
+
+
+def _is_missing(values):
+    absent = np.isin(values, MISSING) | np.isin(np.char.lower(values), MISSING)
+    return absent & ((values != "-") | ~(values == "+").any())  # beside + it is a sign
 
 
 def _find_positives(table, name, positive, counts):
     """Labels as bool: 1 (or ``positive``) against 0 (or every other value)."""
     values = table.columns[name]
-    if isinstance(values, np.ndarray) and values.dtype.kind == "S":
-        values = np.char.decode(values, "utf-8", "backslashreplace")
     if not (isinstance(values, np.ndarray) and values.dtype.kind in "fiub"):
         values = np.array([str(value).strip() for value in values])
-        absent = np.isin(values, MISSING) | np.isin(np.char.lower(values), MISSING)
+        absent = _is_missing(values)
     else:
         absent = np.isnan(values)
     table.refuse(absent, f"no label in {name}", values, "label or remove them")
@@ -745,6 +758,8 @@ def _find_positives(table, name, positive, counts):
 
 
 def _as_numbers(values):
+    if values.dtype.kind == "U" and np.char.count(values, "_").any():  # 0_1 is no 1
+        return None
     try:
         return values.astype(float)
     except (ValueError, TypeError):
@@ -753,7 +768,7 @@ def _as_numbers(values):
 
 def _number(text, comma):
     try:
-        return float(text.replace(",", ".") if comma else text)
+        return float(text.replace("_", "?").replace(",", "." if comma else ","))
     except ValueError:
         return math.nan
 
@@ -1072,9 +1087,9 @@ def equal_groups(scores, cases, positives, number):
         Of each group the cases, the positives and the sums of s and s (1 - s). Of perfectly
         calibrated scores s, the last two are mean and variance of the number of positives.
     """
-    below = np.append(0, np.cumsum(cases))  # rises from 0 to n
-    start = np.searchsorted(below, np.arange(number) * below[-1] / number)
-    start = np.unique(start[start < scores.size])
+    upto = np.cumsum(cases)  # the last of a group is the first that reaches its share of them
+    last = np.searchsorted(upto, np.arange(1, number) * upto[-1] / number)
+    start = np.unique(np.append(0, last[last < scores.size - 1] + 1))
     total = cases * scores
     sums = np.add.reduceat(total, start)
     total *= scores

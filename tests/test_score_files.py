@@ -68,6 +68,9 @@ GOOD_CSV = {  # case: content, value of --positive
     "blanks around words": (HEAD + b"yes ,0.9\nno,0.125\n no,0.5\n yes,0.75\n", "yes"),
     "other names": (b"id,class,p\na,1,.9\nb,0,.125\nc,0,.5\nd,1,.75\n", None),
     "other names and words": (b"class,p\nbad,.9\ngood,.125\ngood,.5\nbad,.75\n", "bad"),
+    "as Excel begins a file": (b"\xef\xbb\xbfsep=;\r\n" + ROWS.replace(b",", b";"), None),
+    "signs": (HEAD + b"+,0.9\n-,0.125\n-,0.5\n+,0.75\n", "+"),
+    "none as a word": (HEAD + b"mild,0.9\nnone,0.125\nnone,0.5\nmild,0.75\n", "mild"),
     "comma inside": (HEAD + b'"a,b",0.9\nc,0.125\nd,0.5\n"a,b",0.75\n', "a,b"),
 }
 GOOD_NPZ = {  # case: labels, type of the scores, value of --positive
@@ -149,6 +152,15 @@ BAD = {  # case: content of a CSV or NPZ file, further arguments, what the error
         ["2 rows", "line 3"],
     ),
     "unlabelled NPZ": ("npz", {"y_true": [0, 1, np.nan], "y_score": [0, 0, 1]}, [], ["index 2"]),
+    "None": ("csv", HEAD + b"yes,.9\nNone,.8\nno,.1\n-,.7\n", ["--positive", "yes"], ["2 rows"]),
+    "no group": (
+        "csv",
+        b"y_true,y_score,who\n1,.9,a\n0,.8,None\n",
+        ["--group-column", "who"],
+        ["no group", "line 3"],
+    ),
+    "underscored label": ("csv", HEAD + b"1,.9\n0_1,.8\n0,.1\n", [], ["'0_1'", "line 3"]),
+    "underscored score": ("csv", HEAD + b"1,.9\n0,0_1\n0,.1\n", [], ["'0_1'", "line 3"]),
     "no score": ("csv", HEAD + b"1,0.3\n0,\n0,0.1\n1,\n", [], ["2 rows", "line 3"]),
     "decimal commas": ("csv", HEAD + b"1,0,91\n0,0,12\n", [], ["2 rows", "line 2", "semicolons"]),
     "quoted decimal commas": (
@@ -167,6 +179,9 @@ BAD = {  # case: content of a CSV or NPZ file, further arguments, what the error
         ["'2'", "line 1002", "--positive"],
     ),
     "no header": ("csv", b"1,0.9\n0,0.2\n", [], ["header", "y_true,y_score"]),
+    "no header, words": ("csv", b"no,.5\nyes,.9\nno,.2\n", ["--positive", "yes"], ["header"]),
+    "UTF-16, unmarked": ("csv", ROWS.decode().encode("utf-16-le"), [], ["UTF-16", "UTF-8"]),
+    "UTF-16, big, unmarked": ("csv", ROWS.decode().encode("utf-16-be"), [], ["UTF-16", "UTF-8"]),
     "Parquet": ("parquet", b"PAR1\x15\x00", [], ["Parquet", "export", "CSV"]),
     "Excel": ("xlsx", b"PK\x03\x04\x14\x00", [], ["Excel", "export", "CSV"]),
     "old Excel": ("xls", b"\xd0\xcf\x11\xe0\xa1\xb1", [], ["Excel", "export", "CSV"]),
