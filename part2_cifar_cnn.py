@@ -4,6 +4,8 @@
     python part2_cifar_cnn.py --dataset digits         the same in seconds, without a download
     python part2_cifar_cnn.py --preset tuned           a better recipe, flag by flag
     python part2_cifar_cnn.py --resume FOLDER          continue a run that was interrupted
+    python part2_cifar_cnn.py --predict PICTURE ...    say what own pictures show
+    python part2_cifar_cnn.py --export RUN             a file that runs without this script
     python part2_cifar_cnn.py --evaluate RUN RUN ...   average finished runs
 
 The default network has two convolutions, BatchNorm, dropout and 282,442 parameters. With
@@ -16,7 +18,7 @@ config.json, history.csv, metrics.json, test_scores.csv and the figures 01_... t
 
 The story comes first: main, 1 machine and data, 2 the network, 3 training, 4 evaluation. What
 it uses follows: data sets, augmentations, more networks, optimizers, 5 to 7 the report, 8 files,
-figures, options.
+figures, own pictures, export, options.
 """
 
 import argparse
@@ -148,8 +150,7 @@ class Data:
 def load_data(settings, folder):
     """Load the data set asked for onto the device and split it, once and for all."""
     data = find_data(settings.dataset, folder)
-    parts = {"train": data.train, "test": data.test}
-    md5 = {name: utils.md5_of_arrays(*vars(part).values()) for name, part in parts.items()}
+    md5 = {k: utils.md5_of_arrays(*vars(getattr(data, k)).values()) for k in ("train", "test")}
     data = set_aside(data, settings.select_on)
     held = f"{len(data.valid):,} validation, " * (settings.select_on == "val")
     tell(f"{data.name}: {len(data.train):,} training, {held}{len(data.test):,} test images.")
@@ -1469,9 +1470,10 @@ def load_network(path):
         model = build_model(stored["config"])
         model.load_state_dict(stored["model"])
         about = {key: stored[key] for key in ABOUT}
-        version = {key: stored.get(key) for key in ("config", "data_md5", "machine")}
-        version = {"sha256": utils.sha256_of(path)} | version
-        return Network(model, settings_of(stored["config"]), **about, path=path, version=version)
+        network = Network(model, settings_of(stored["config"]), **about, path=path)
+        version = {"sha256": utils.sha256_of(path), "temperature": network.temperature}
+        version |= {key: stored.get(key) for key in ("config", "data_md5", "machine")}
+        return replace(network, version=version)
     except (RuntimeError, KeyError, TypeError, ValueError) as error:
         text = f"{path} is of another architecture or version ({error}): train again"
         raise UserError(text) from error
@@ -1953,11 +1955,12 @@ FIGURES = {  # in the order of the talk; functions of pyplot and a Result
 
 def predict_pictures(a):
     """--predict: tell, write down and draw what the network of a checkpoint takes pictures for."""
-    network, files = load_network(a.checkpoint), utils.files_of(a.predict)
+    network = load_network(a.checkpoint or Path("outputs", "part2"))
+    files = utils.files_of(a.predict)
     network = replace(network, settings=settings_here(a, network))
     network.model.to(network.settings.device, memory_format=torch.channels_last)
     folder = utils.output_folder(a.output_dir or Path("outputs", "predictions"))
-    say("", f"2. What {a.checkpoint} takes them for")
+    say("", f"2. What {network.path} takes them for")
     rows, bad, first = [], [], torch.empty(0, 32, 32, 3, dtype=torch.uint8)
     for images, good, wrong in utils.read_pictures(files):
         probs = probabilities(network, images.to(network.settings.device)).cpu()
@@ -1986,9 +1989,8 @@ def plot_pictures(plt, result):
         guess = f"{row['class_1']:.12}: {row['probability_1']:.0%}"
         texts += [(utils.short_name(row["file"]), utils.BLACK), (guess, utils.BLUE)]
     title = f"{len(first)} pictures, each with what it is taken for"
-    cams = grad_cam(
-        network, first, torch.tensor([network.classes.index(r["class_1"]) for r in rows])
-    )
+    labels = torch.tensor([network.classes.index(row["class_1"]) for row in rows])
+    cams = grad_cam(network, first, labels)
     if cams is None:
         return image_grid(plt, first, texts[1::2], 8, title)
     title = f"{title}, and why (Grad-CAM: bright is where the evidence lies)"
@@ -2006,17 +2008,15 @@ def export(a):
     network = load_network(a.export)
     settings = replace(network.settings, device="cpu", precision="float32")
     network = replace(network, model=network.model.eval(), settings=settings)
-    beside = a.export if a.export.is_dir() else a.export.parent
-    folder = utils.output_folder(a.output_dir or beside)
+    folder = utils.output_folder(a.output_dir or network.path.parent)
     say(f"The network of {a.export}, version {network.version['sha256'][:12]}, into {folder}:")
     images = torch.arange(5 * 32 * 32 * 3).mul(7919).to(torch.uint8).view(5, 32, 32, 3)
     expected = probabilities(network, images)  # before tracing, so that on_device holds numbers
-    about = network.version | {"classes": network.classes, "temperature": network.temperature}
-
-    def whole(images):
-        return (mean_logits(network, images) / network.temperature).softmax(1)
-
-    utils.export_function(whole, network.model, images, expected, about, folder)
+    about = network.version | {"classes": network.classes}
+    utils.export_function(
+        lambda images: (mean_logits(network, images) / network.temperature).softmax(1),
+        *(network.model, images, expected, about, folder),
+    )
 
 
 # %% Options
@@ -2153,7 +2153,6 @@ def parse_arguments(argv):
         raise UserError("a finished run keeps its settings: leave other options out")
     if a.checkpoint and not a.predict:
         raise UserError("--checkpoint is for --predict: leave it out")
-    a.checkpoint = a.checkpoint or Path("outputs", "part2")
     if a.split and not a.evaluate:
         raise UserError("--split is for --evaluate: leave it out")
     if a.tensorboard and (a.evaluate or not find_spec("tensorboard")):

@@ -187,9 +187,21 @@ def test_networks_have_as_many_outputs_as_there_are_classes(model):
         assert network.eval()(torch.zeros(1, 3, 32, 32)).shape == (1, classes)
 
 
-def test_a_checkpoint_without_a_number_of_classes_has_ten(tmp_path):
-    network = part2.load_network(Path(part2.__file__).parent / "outputs/part2")
-    assert network.model(torch.zeros(1, 3, 32, 32)).shape == (1, 10)
+def test_a_checkpoint_without_a_number_of_classes_has_ten():
+    checkpoint = torch.load(Path(part2.__file__).parent / "outputs/part2/best.pt")
+    checkpoint["config"].pop("classes", None)
+    model = part2.build_model(checkpoint["config"])
+    model.load_state_dict(checkpoint["model"])
+    assert model.eval()(torch.zeros(1, 3, 32, 32)).shape == (1, 10)
+
+
+def test_a_checkpoint_without_a_temperature_is_refused_in_a_line(shades_run, tmp_path, capsys):
+    stored = utils.load_checkpoint(shades_run / "best.pt")
+    for row in stored["history"]:
+        del row["temperature"]
+    utils.save_checkpoint(tmp_path / "best.pt", **stored)
+    assert part2.main(["--export", str(tmp_path)]) == 2
+    assert "temperature" in error_line(capsys)
 
 
 def test_a_constant_channel_is_trained_on_too(tmp_path, monkeypatch):
