@@ -1968,11 +1968,7 @@ def predict_pictures(a):
         bad, first = bad + wrong, torch.cat([first, images])[:24]
     if not rows:
         raise UserError(f"there is no picture to predict: {utils.some_of(bad)}")
-    utils.tell_likeliest(rows, len(first))
-    tell(
-        f"The network knows these {len(network.classes)} classes and nothing else: a picture of "
-        "anything else is one of them to it, perhaps with a high probability."
-    )
+    utils.tell_likeliest(rows, len(first), network.classes)
     say("", f"3. Files in {folder}", "  predictions.csv")
     utils.write_csv(folder / "predictions.csv", columns_of(rows))
     utils.draw_figures({"predictions": plot_pictures}, (network, first, rows), folder, a.show)
@@ -1993,7 +1989,7 @@ def plot_pictures(plt, result):
     cams = grad_cam(network, first, labels)
     if cams is None:
         return image_grid(plt, first, texts[1::2], 8, title)
-    title = f"{title}, and why (Grad-CAM: bright is where the evidence lies)"
+    title = f"{title}, and where the evidence lies (Grad-CAM: bright is most)"
     figure = image_grid(plt, first.repeat_interleave(2, 0), texts, 8, title)
     for axes, cam in zip(figure.axes[1::2], cams):
         axes.imshow(cam.numpy(), cmap="inferno", alpha=0.6)

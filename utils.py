@@ -804,8 +804,8 @@ def likeliest(files, probs, classes, most=3):
     return rows
 
 
-def tell_likeliest(rows, most):
-    """Print the first of these rows as a table."""
+def tell_likeliest(rows, most, classes):
+    """Print the first of these rows as a table, and what it cannot say."""
     for row in rows[:most]:
         _, *pairs = row.values()
         pairs = zip(pairs[::2], pairs[1::2])
@@ -813,6 +813,10 @@ def tell_likeliest(rows, most):
         say(f"  {short_name(row['file']):<16}{text}")
     if len(rows) > most:
         tell(f"The other {len(rows) - most:,} are in predictions.csv.")
+    tell(
+        f"The network knows {len(classes)} classes and nothing else: a picture of anything else is "
+        "one of them to it, perhaps with a high probability."
+    )
 
 
 def short_name(file, most=16):
