@@ -814,8 +814,8 @@ def tell_likeliest(rows, most, classes):
     if len(rows) > most:
         tell(f"The other {len(rows) - most:,} are in predictions.csv.")
     tell(
-        f"The network knows {len(classes)} classes and nothing else: a picture of anything else is "
-        "one of them to it, perhaps with a high probability."
+        f"The network knows {len(classes)} classes and nothing else: a picture of anything else "
+        "is one of them to it, perhaps with a high probability."
     )
 
 
