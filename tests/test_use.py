@@ -135,7 +135,8 @@ def test_what_is_no_picture_is_said_in_one_line(tmp_path):
     text, half = tmp_path / "text.png", tmp_path / "half.png"
     text.write_text("no picture")
     half.write_bytes(whole.getvalue()[:2000])
-    for path in (text, half, tmp_path, tmp_path / "missing.png", Path("/dev/zero")):
+    os.mkfifo(tmp_path / "fifo.png")  # to open it would be to wait for ever
+    for path in (text, half, tmp_path, tmp_path / "missing.png", tmp_path / "fifo.png"):
         with pytest.raises(ValueError) as caught:
             utils.read_picture(path)
         assert len(str(caught.value).splitlines()) == 1 and str(tmp_path) not in str(caught.value)
@@ -341,12 +342,17 @@ def test_nothing_to_predict_is_an_error(shades_run, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "options",
-    ["--predict x --lr 1", "--checkpoint x", "--export x --threads 1", "--predict x --resume"],
+    "options, named",
+    {
+        "--predict x --lr 1": "leave other options out",
+        "--export x --threads 1": "leave other options out",
+        "--checkpoint x": "is for --predict",
+        "--predict x --resume": "not allowed with",
+    }.items(),
 )
-def test_options_without_effect_beside_predict_are_refused(options, capsys):
+def test_options_without_effect_beside_predict_and_export_are_refused(options, named, capsys):
     assert part2.main(options.split()) == 2
-    error_line(capsys)
+    assert named in error_line(capsys)
 
 
 def test_odd_file_names_reach_screen_table_and_picture(shades, shades_run, tmp_path, capsys):
@@ -360,7 +366,7 @@ def test_odd_file_names_reach_screen_table_and_picture(shades, shades_run, tmp_p
 
 
 def test_many_files_are_read_in_batches_and_the_first_of_them_drawn(
-    shades, shades_run, tmp_path, monkeypatch
+    shades, shades_run, tmp_path, monkeypatch, capsys
 ):
     sizes, batches = [], utils.read_pictures
 
@@ -376,6 +382,7 @@ def test_many_files_are_read_in_batches_and_the_first_of_them_drawn(
     assert predict(shades_run, tmp_path / "out", *texts, folder, folder) == 1
     rows = read_table(tmp_path / "out/predictions.csv")
     assert sizes == [0, 7, 7, 7, 7, 7, 5] and len(rows) == 40
+    assert "The other 16 are in predictions.csv." in capsys.readouterr().out
     assert [row["class_1"] for row in rows[:20]] == [row["class_1"] for row in rows[20:]]
 
 
@@ -503,7 +510,8 @@ def test_a_version_is_the_hash_of_best_pt_the_settings_the_libraries_and_the_dat
     assert version["data_md5"]["test"] == hashlib.md5(pixels).hexdigest()
 
 
-def test_a_run_is_not_continued_on_other_pictures(shades, shades_run, tmp_path, capsys):
+def test_a_run_is_not_continued_on_other_pictures(shades, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(part2, "FIGURES", {})
     shutil.copytree(shades, tmp_path / "shades")
     assert train(tmp_path / "shades", tmp_path / "run") == 0
     capsys.readouterr()
@@ -530,7 +538,10 @@ def test_an_export_that_computes_something_else_is_not_written(
     assert "model.pt2" in error_line(capsys) and not contents(tmp_path)
 
 
-def test_a_new_training_removes_the_export_of_the_one_it_replaces(shades, shades_run, tmp_path):
+def test_a_new_training_removes_the_export_of_the_one_it_replaces(
+    shades, shades_run, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(part2, "FIGURES", {})
     shutil.copytree(shades_run, tmp_path / "run")
     for name in ("model.pt2", "model.onnx"):
         (tmp_path / "run" / name).write_text("old")
