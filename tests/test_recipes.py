@@ -135,6 +135,7 @@ def test_server_answers_200_at_once_as_predict_does(server, versions, tmp_path, 
         assert max(answer["probabilities"].values()) == answer["probabilities"][best]
         newer += to_newer
     assert 5 <= newer <= 40
+    assert ask(f"{server}/predict", bytes(20_000_001))[0] == 413
 
 
 # -------------------------------------------------------------------------- int8
