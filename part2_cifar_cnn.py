@@ -144,13 +144,14 @@ class Data:
     test: Split
     valid: Split = None
     folder: Path = None  # where it was looked for
-    md5: dict = None  # of the images and labels of train and test
+    md5: dict = None  # of its files, or of what train and test hold
 
 
 def load_data(settings, folder):
     """Load the data set asked for onto the device and split it, once and for all."""
     data = find_data(settings.dataset, folder)
-    md5 = {k: utils.md5_of_arrays(*vars(getattr(data, k)).values()) for k in ("train", "test")}
+    both = {"train": data.train, "test": data.test}
+    md5 = data.md5 or {k: utils.md5_of_arrays(*vars(v).values()) for k, v in both.items()}
     data = set_aside(data, settings.select_on)
     held = f"{len(data.valid):,} validation, " * (settings.select_on == "val")
     tell(f"{data.name}: {len(data.train):,} training, {held}{len(data.test):,} test images.")
@@ -618,7 +619,9 @@ def read_cifar10(folder):
     images = (torch.from_numpy(part.data).contiguous() for part in parts)  # not a view of planes
     train, test = (Split(i, torch.tensor(part.targets)) for i, part in zip(images, parts))
     classes = tuple(parts[0].classes)
-    return Data("cifar10", "CIFAR-10", classes, CIFAR10_MEAN, CIFAR10_STD, True, train, test)
+    about = classes, CIFAR10_MEAN, CIFAR10_STD, True
+    md5 = dict([*CIFAR10.train_list, *CIFAR10.test_list])
+    return Data("cifar10", "CIFAR-10", *about, train, test, md5=md5)
 
 
 def load_digits():

@@ -848,6 +848,8 @@ def read_picture(file, side=32):
         if isinstance(file, Path) and os.path.exists(file) and not os.path.isfile(file):
             raise ValueError("it is no regular file")
         with warnings.catch_warnings(action="ignore"), Image.open(file) as image:
+            if image.format == "EPS":
+                raise ValueError("it is PostScript, a program that would have to be run")
             image.draft(None, (8 * side, 8 * side))  # of a large JPEG, decode less
             image = ImageOps.exif_transpose(image)
             length, (width, height) = min(image.size), image.size

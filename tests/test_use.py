@@ -129,6 +129,11 @@ def test_a_huge_picture_is_read_or_refused_without_a_warning(monkeypatch, recwar
     assert not recwarn.list
 
 
+def test_postscript_is_not_run():
+    with pytest.raises(ValueError, match="PostScript"):
+        read(Image.new("L", (100, 100), 7), format="EPS")
+
+
 def test_what_is_no_picture_is_said_in_one_line(tmp_path):
     whole = io.BytesIO()
     picture(99, np.random.default_rng(0)).save(whole, "PNG")
@@ -508,6 +513,12 @@ def test_a_version_is_the_hash_of_best_pt_the_settings_the_libraries_and_the_dat
     pixels = data.test.images.numpy().tobytes() + data.test.labels.numpy().tobytes()
     assert version["data_md5"].keys() == {"train", "test"}
     assert version["data_md5"]["test"] == hashlib.md5(pixels).hexdigest()
+
+
+def test_the_version_of_cifar10_is_told_by_the_md5_of_its_files(tiny):
+    settings = part2.Settings(dataset="cifar10", device="cpu")
+    files = {name: md5 for name, md5 in tiny.md5.items() if name != "batches.meta"}
+    assert part2.load_data(settings, tiny.folder).md5 == files and len(files) == 6
 
 
 def test_a_run_is_not_continued_on_other_pictures(shades, tmp_path, capsys, monkeypatch):
