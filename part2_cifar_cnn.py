@@ -2154,8 +2154,8 @@ def parse_arguments(argv):
         raise UserError("--checkpoint is for --predict: leave it out")
     if a.split and not a.evaluate:
         raise UserError("--split is for --evaluate: leave it out")
-    if a.tensorboard and (a.evaluate or not find_spec("tensorboard")):
-        what = "is for training" if a.evaluate else "needs the package tensorboard: install it"
+    if a.tensorboard and (finished or not find_spec("tensorboard")):
+        what = "is for training" if finished else "needs the package tensorboard: install it"
         raise UserError(f"--tensorboard {what}, or leave it out")
     return a
 

@@ -352,6 +352,7 @@ def test_nothing_to_predict_is_an_error(shades_run, tmp_path, capsys):
         "--predict x --lr 1": "leave other options out",
         "--export x --threads 1": "leave other options out",
         "--checkpoint x": "is for --predict",
+        "--predict x --tensorboard": "is for training",
         "--predict x --resume": "not allowed with",
     }.items(),
 )
