@@ -4,6 +4,8 @@
     python part2_cifar_cnn.py --dataset digits         the same in seconds, without a download
     python part2_cifar_cnn.py --preset tuned           a better recipe, flag by flag
     python part2_cifar_cnn.py --resume FOLDER          continue a run that was interrupted
+    python part2_cifar_cnn.py --predict PICTURE ...    say what own pictures show
+    python part2_cifar_cnn.py --export RUN             a file that runs without this script
     python part2_cifar_cnn.py --evaluate RUN RUN ...   average finished runs
 
 The default network has two convolutions, BatchNorm, dropout and 282,442 parameters. With
@@ -16,7 +18,7 @@ config.json, history.csv, metrics.json, test_scores.csv and the figures 01_... t
 
 The story comes first: main, 1 machine and data, 2 the network, 3 training, 4 evaluation. What
 it uses follows: data sets, augmentations, more networks, optimizers, 5 to 7 the report, 8 files,
-figures, options.
+figures, own pictures, export, options.
 """
 
 import argparse
@@ -62,6 +64,8 @@ WEIGHTS, ORDER, MIRRORS_ONCE, LAYERS, PLOTS = range(5)
 def main(argv=None):
     """Get settings and data, train, evaluate, report, save, draw."""
     a = parse_arguments(argv)
+    if a.predict or a.export:
+        return predict_pictures(a) if a.predict else export(a)  # of a network that is there
     if a.evaluate:
         networks, data, folder = finished_runs(a)
     else:
@@ -140,17 +144,21 @@ class Data:
     test: Split
     valid: Split = None
     folder: Path = None  # where it was looked for
+    md5: dict = None  # of its files, or of what train and test hold
 
 
 def load_data(settings, folder):
     """Load the data set asked for onto the device and split it, once and for all."""
-    data = set_aside(find_data(settings.dataset, folder), settings.select_on)
+    data = find_data(settings.dataset, folder)
+    both = {"train": data.train, "test": data.test}
+    md5 = data.md5 or {k: utils.md5_of_arrays(*vars(v).values()) for k, v in both.items()}
+    data = set_aside(data, settings.select_on)
     held = f"{len(data.valid):,} validation, " * (settings.select_on == "val")
     tell(f"{data.name}: {len(data.train):,} training, {held}{len(data.test):,} test images.")
     if not data.mirror and (settings.flip, settings.tta) != ("none", "none"):
         tell("A mirrored digit is a different symbol, so nothing is mirrored.")
     parts = {name: getattr(data, name).to(settings.device) for name in ("train", "valid", "test")}
-    return replace(data, folder=folder, **parts)
+    return replace(data, folder=folder, md5=md5, **parts)
 
 
 def set_aside(data, select_on):
@@ -171,7 +179,7 @@ def set_aside(data, select_on):
 # %% 2. The network
 
 
-def small(dropout):
+def small(dropout, classes):
     """Build the baseline; pooling first leaves a quarter of the work to BatchNorm and ReLU."""
     return nn.Sequential(  # (b, 3, 32, 32)
         nn.Conv2d(3, 32, 3, padding=1),
@@ -186,17 +194,22 @@ def small(dropout):
         nn.Linear(4096, 64),
         nn.ReLU(),
         nn.Dropout(dropout),
-        nn.Linear(64, 10),  # (b, 10)
+        nn.Linear(64, classes),  # (b, classes)
     )
 
 
 def build_model(config):
     """Build the network that a checkpoint's ``config`` describes, with random weights.
 
-    It maps normalised images, float (b, 3, 32, 32), to logits (b, 10); of ``config`` it needs
-    ``model``, a key of `MODELS`, and ``dropout``, in [0, 1).
+    It maps normalised images, float (b, 3, 32, 32), to logits (b, classes); of ``config`` it needs
+    ``model``, a key of `MODELS`, ``dropout``, in [0, 1), and ``classes``, their number (10).
     """
-    return MODELS[config["model"]](config["dropout"])
+    return MODELS[config["model"]](config["dropout"], config.get("classes", 10))
+
+
+def config_of(settings, classes):
+    """What config.json and checkpoints hold: the settings, and how many classes there are."""
+    return asdict(settings) | {"classes": len(classes)}
 
 
 # %% 3. Training: batches
@@ -243,7 +256,7 @@ class Training:
     def __init__(self, settings, data):
         self.settings, self.data = settings, data
         torch.manual_seed(derive_seed(settings.seed, WEIGHTS))
-        self.model = build_model(asdict(settings))
+        self.model = build_model(config_of(settings, data.classes))
         if settings.model in WHITENED:
             first = data.train.images[:5000].cpu()
             whiten(self.model[0], normalise(first, data.mean, data.std))
@@ -414,6 +427,7 @@ class Network:
     mirror: bool
     history: list  # a dict for each epoch
     path: Path = None  # the file that holds it
+    version: dict = None  # what tells it from other trainings
 
     @property
     def n_parameters(self):
@@ -452,20 +466,24 @@ def predict(network, images, batch=500):
 
     ``images`` are uint8 (n, 32, 32, 3), on the device of the network; logits float32 (n, classes).
     """
-    model, settings, logits = network.model.eval(), network.settings, []
-    views = [view for view in VIEWS[settings.tta] if network.mirror or not view[2]]
-    total = sum(weight for *_, weight in views)
-    for part in images.split(batch):
-        each = torch.arange(len(part), device=part.device)
-        mean = 0
-        for top, left, mirrored, weight in views:
-            place = (torch.full_like(each, value) for value in (top, left, mirrored))
-            view = crop_and_flip(part, each, *place, "reflect")
-            with autocast(settings):
-                found = model(normalise(view, network.mean, network.std)).float()
-            mean = mean + weight / total * found
-        logits.append(mean)
-    return torch.cat(logits)
+    network.model.eval()
+    size = batch // len(VIEWS[network.settings.tta])
+    return torch.cat([mean_logits(network, part) for part in images.split(size)])
+
+
+def mean_logits(network, images):
+    """Average the logits of a few images over the views, all seen at once."""
+    views = [view for view in VIEWS[network.settings.tta] if network.mirror or not view[2]]
+    *places, weights = zip(*views)
+    each = torch.arange(images.shape[0], device=images.device)  # len would be fixed by an export
+    seen = torch.cat([
+        crop_and_flip(images, each, *(torch.full_like(each, value) for value in place), "reflect")
+        for place in zip(*places)
+    ])  # fmt: skip
+    with autocast(network.settings):
+        logits = network.model(normalise(seen, network.mean, network.std)).float()
+    logits = logits.view(len(weights), -1, len(network.classes))
+    return sum(weight / sum(weights) * part for weight, part in zip(weights, logits))
 
 
 def probabilities(network, images):
@@ -562,7 +580,9 @@ CIFAR10_STD = (0.24703, 0.24349, 0.26159)
 
 
 def find_data(name, folder):
-    """CIFAR-10 or the digits; "auto" falls back to the digits with a banner."""
+    """CIFAR-10, the digits or own pictures; "auto" falls back to the digits with a banner."""
+    if name not in DATASETS:
+        return load_folder(Path(name))
     if name == "digits":
         return load_digits()
     try:
@@ -599,25 +619,32 @@ def read_cifar10(folder):
     images = (torch.from_numpy(part.data).contiguous() for part in parts)  # not a view of planes
     train, test = (Split(i, torch.tensor(part.targets)) for i, part in zip(images, parts))
     classes = tuple(parts[0].classes)
-    return Data("cifar10", "CIFAR-10", classes, CIFAR10_MEAN, CIFAR10_STD, True, train, test)
+    about = classes, CIFAR10_MEAN, CIFAR10_STD, True
+    md5 = dict([*CIFAR10.train_list, *CIFAR10.test_list])
+    return Data("cifar10", "CIFAR-10", *about, train, test, md5=md5)
 
 
 def load_digits():
     """Scikit-learn's 1,797 handwritten digits, enlarged to 32x32 RGB; a fifth tests."""
     from sklearn.datasets import load_digits as load
-    from sklearn.model_selection import train_test_split
 
     bunch = load()
     images = torch.from_numpy(bunch.images).float()[:, None] / 16  # (n, 1, 8, 8) in [0, 1]
     images = F.interpolate(images, size=32, mode="bilinear")
     images = (images * 255).round().to(torch.uint8).expand(-1, 3, -1, -1)
     both = Split(images.permute(0, 2, 3, 1).contiguous(), torch.from_numpy(bunch.target).long())
-    rows = np.arange(len(both))
-    rows = train_test_split(rows, test_size=0.2, stratify=bunch.target, random_state=0)
-    train, test = (both[part] for part in rows)
+    train, test = (both[rows] for rows in utils.part_a_fifth(both.labels))
     pixels = train.images.double() / 255
     mean, std = (pixels.mean().item(),) * 3, (pixels.std().item(),) * 3
     return Data("digits", "digits", tuple("0123456789"), mean, std, False, train, test)
+
+
+def load_folder(folder):
+    """Labelled pictures, train/CLASS/* and test/CLASS/*; without test a fifth of each class."""
+    classes, *parts = utils.read_class_folders(folder)
+    train, test = (Split(*part) for part in parts)
+    about = folder.name, classes, *utils.channel_statistics(train.images)
+    return Data(str(folder), *about, True, train, test)
 
 
 # %% Draws and augmentations
@@ -705,7 +732,7 @@ def mix_up(images, targets, alpha, corners, n_classes):
 # %% More networks
 
 
-def tuned(dropout):
+def tuned(dropout, classes):
     """Build two larger convolutions, a gate and no hidden layer: as many parameters as `small`.
 
     The pools overlap; the gate is that of Hu et al. 2018, made of two 1x1 convolutions.
@@ -717,17 +744,17 @@ def tuned(dropout):
     layers += [SqueezeExcitation(192, 48)]
     # Divided by 2 instead of 9: with AdamW, 4.5 times the input learns 4.5 times as fast.
     layers += [nn.AvgPool2d(3, 2, 1, divisor_override=2), nn.Flatten()]  # (b, 192 * 4 * 4)
-    return nn.Sequential(*layers, nn.Dropout(dropout), small_head(3072))
+    return nn.Sequential(*layers, nn.Dropout(dropout), small_head(3072, classes))
 
 
-def small_head(inputs):
+def small_head(inputs, classes):
     """A last layer that starts near zero, so that the first predictions are uniform."""
-    head = nn.Linear(inputs, 10, bias=False)
+    head = nn.Linear(inputs, classes, bias=False)
     nn.init.normal_(head.weight, std=1 / inputs)
     return head
 
 
-def strong(dropout, widths=(64, 256, 256)):
+def strong(dropout, classes, widths=(64, 256, 256)):
     """Build the network of airbench94 (Jordan 2024, arXiv 2404.00498)."""
     layers, before = [nn.Conv2d(3, 24, 2), nn.GELU()], 24  # (b, 24, 31, 31)
     layers[0].weight.requires_grad = False  # its filters are computed from the images
@@ -735,13 +762,13 @@ def strong(dropout, widths=(64, 256, 256)):
         layers += [identity_conv(before, width), nn.MaxPool2d(2), BiasNorm(width), nn.GELU()]
         layers += [identity_conv(width, width), BiasNorm(width), nn.GELU()]
         before = width
-    head = [nn.MaxPool2d(3), nn.Flatten(), nn.Dropout(dropout), small_head(before)]
+    head = [nn.MaxPool2d(3), nn.Flatten(), nn.Dropout(dropout), small_head(before, classes)]
     return nn.Sequential(*layers, *head)
 
 
-def wide(dropout):
+def wide(dropout, classes):
     """Build the network of airbench95: `strong` with more filters."""
-    return strong(dropout, widths=(128, 384, 384))
+    return strong(dropout, classes, widths=(128, 384, 384))
 
 
 def identity_conv(before, width):
@@ -769,11 +796,11 @@ class BiasNorm(nn.BatchNorm2d):
         return F.batch_norm(images, *state, self.training, self.momentum, self.eps)
 
 
-def resnet18(dropout):
+def resnet18(dropout, classes):
     """Build torchvision's ResNet-18 (He et al. 2016) with a stem for small images."""
     from torchvision.models import resnet18 as build
 
-    model = build(num_classes=10)
+    model = build(num_classes=classes)
     model.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
     model.maxpool = nn.Identity()
     model.fc = nn.Sequential(nn.Dropout(dropout), model.fc)
@@ -1143,6 +1170,7 @@ def describe(networks, data):
     return {key: getattr(settings, key) for key in keys} | {
         "machine": utils.describe_machine(settings.device),
         "networks": len(networks),
+        "versions": [network.version for network in networks],
         "parameters": sum(network.n_parameters for network in networks),
         **{key: values[0] if one else values for key, values in of_each.items()},
         "train_seconds": seconds,
@@ -1397,14 +1425,16 @@ def save(training, folder):
     history = training.history
     about = {"machine": utils.describe_machine(training.settings.device)}
     clear(folder)
-    for name in ("best.pt", "last.pt") * (len(history) == 1):  # of a run that this one replaces
+    gone = ["best.pt", "last.pt"] * (len(history) == 1)  # of a run that this one replaces
+    for name in [*gone, "model.pt2", "model.onnx"]:
         (folder / name).unlink(missing_ok=True)
-    utils.write_json(folder / "config.json", asdict(training.settings) | about)
+    config = config_of(training.settings, training.data.classes)
+    utils.write_json(folder / "config.json", config | about)
     rows = [{k: v for k, v in row.items() if k != "monitor"} for row in history]
     monitor = [{"epoch": row["epoch"]} | row["monitor"] for row in history]
     utils.write_csv(folder / "history.csv", columns_of(rows))
     utils.write_csv(folder / "monitor.csv", columns_of(monitor))
-    about |= contents(training.network)
+    about |= contents(training.network) | {"data_md5": training.data.md5}
     parts = {name: part.state_dict() for name, part in training.parts.items()}
     utils.save_checkpoint(folder / "last.pt", **about | parts)
     if best_epoch(history) == len(history):
@@ -1429,7 +1459,8 @@ ABOUT = ("classes", "mean", "std", "mirror", "history")  # of a network, beside 
 def contents(network):
     """What a checkpoint holds of a network, as tensors and plain values."""
     about = {key: getattr(network, key) for key in ABOUT}
-    return {"model": network.model.state_dict(), "config": asdict(network.settings)} | about
+    config = config_of(network.settings, network.classes)
+    return {"model": network.model.state_dict(), "config": config} | about
 
 
 def load_network(path):
@@ -1442,7 +1473,10 @@ def load_network(path):
         model = build_model(stored["config"])
         model.load_state_dict(stored["model"])
         about = {key: stored[key] for key in ABOUT}
-        return Network(model, settings_of(stored["config"]), **about, path=path)
+        network = Network(model, settings_of(stored["config"]), **about, path=path)
+        version = {"sha256": utils.sha256_of(path), "temperature": network.temperature}
+        version |= {key: stored.get(key) for key in ("config", "data_md5", "machine")}
+        return replace(network, version=version)
     except (RuntimeError, KeyError, TypeError, ValueError) as error:
         text = f"{path} is of another architecture or version ({error}): train again"
         raise UserError(text) from error
@@ -1485,13 +1519,15 @@ def restore(training, state, folder):
         for weight, moments in training.optimizer.state.items():
             if any(value.shape not in ((), weight.shape) for value in moments.values()):
                 raise ValueError("the state of its optimizer has other shapes")
+        if state.get("data_md5", training.data.md5) != training.data.md5:
+            raise ValueError("its images or labels were others")
         history = training.history = state["history"]
-        machine = {"machine": state["machine"]}
+        about = {"machine": state["machine"], "data_md5": training.data.md5}
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
         text = f"{folder / 'last.pt'} does not fit this run ({error}): start it again"
         raise UserError(text) from error
     if best_epoch(history) == len(history):  # a sudden end may have come before best.pt
-        utils.save_checkpoint(folder / "best.pt", **contents(training.network) | machine)
+        utils.save_checkpoint(folder / "best.pt", **contents(training.network) | about)
     if state["config"].get("threads") != training.settings.threads:
         before = state["config"].get("threads")
         tell(f"This run had {before} threads: with another number its last bits will differ.")
@@ -1515,10 +1551,7 @@ def finished_runs(a):
     networks = [load_network(path) for path in a.evaluate]
     if a.split == "val" and None in map(validation_accuracy, networks):
         raise UserError("--split val: not all of these runs have validation images: leave it out")
-    if set(a.given) - MACHINE:
-        raise UserError("--evaluate takes the settings of the runs: leave other options out")
-    how = {"device": "auto", "threads": 0} | a.given
-    here = prepare_machine(replace(networks[0].settings, **how))
+    here = settings_here(a, networks[0])
     data = load_data(here, a.data_dir)
     say("", f"2. The networks: {len(networks)}")
     for i, network in enumerate(networks):
@@ -1535,6 +1568,12 @@ def finished_runs(a):
             f"{folder} holds a run, which this would mix up: name another --output-dir"
         )
     return networks, data, utils.output_folder(folder)
+
+
+def settings_here(a, network):
+    """A network's settings, but with the device, precision and threads asked for."""
+    how = {"device": "auto", "threads": 0} | a.given
+    return prepare_machine(replace(network.settings, **how))
 
 
 def how_to_continue(training, folder):
@@ -1762,7 +1801,8 @@ def plot_confusion(plt, result):
     from sklearn.metrics import ConfusionMatrixDisplay
 
     classes, pairs = result.data.classes, result.metrics["confused_pairs"]
-    figure, axes = plt.subplots(figsize=(8.5, 7.2))
+    side = min(max(7.2, 0.3 * len(classes)), 30)
+    figure, axes = plt.subplots(figsize=(side + 1.3, side))
     axes.grid(visible=False)
     shown = ConfusionMatrixDisplay.from_predictions(
         result.labels,
@@ -1773,8 +1813,8 @@ def plot_confusion(plt, result):
         values_format=".0%",
         cmap="viridis",
         ax=axes,
-        xticks_rotation=45,
-        text_kw={"fontsize": 10},
+        xticks_rotation=45 if len(classes) <= 20 else 90,
+        text_kw={"fontsize": 10 if len(classes) <= 20 else 6},
     )
     for text in shown.text_.flat:
         text.set_visible(text.get_text() != "0%")
@@ -1913,6 +1953,71 @@ FIGURES = {  # in the order of the talk; functions of pyplot and a Result
 }
 
 
+# %% Own pictures
+
+
+def predict_pictures(a):
+    """--predict: tell, write down and draw what the network of a checkpoint takes pictures for."""
+    network = load_network(a.checkpoint or Path("outputs", "part2"))
+    files = utils.files_of(a.predict)
+    network = replace(network, settings=settings_here(a, network))
+    network.model.to(network.settings.device, memory_format=torch.channels_last)
+    folder = utils.output_folder(a.output_dir or Path("outputs", "predictions"))
+    say("", f"2. What {network.path} takes them for")
+    rows, bad, first = [], [], torch.empty(0, 32, 32, 3, dtype=torch.uint8)
+    for images, good, wrong in utils.read_pictures(files):
+        probs = probabilities(network, images.to(network.settings.device)).cpu()
+        rows += utils.likeliest(good, probs, network.classes)
+        bad, first = bad + wrong, torch.cat([first, images])[:24]
+    if not rows:
+        raise UserError(f"there is no picture to predict: {utils.some_of(bad)}")
+    utils.tell_likeliest(rows, len(first), network.classes)
+    say("", f"3. Files in {folder}", "  predictions.csv")
+    utils.write_csv(folder / "predictions.csv", columns_of(rows))
+    utils.draw_figures({"predictions": plot_pictures}, (network, first, rows), folder, a.show)
+    if bad:
+        say("", "No pictures, so passed over:", *(f"  {each}" for each in bad))
+        raise utils.RunFailed(f"{len(bad):,} of {len(files):,} files are no pictures")
+
+
+def plot_pictures(plt, result):
+    """Draw the first pictures, and beside each where the evidence for its class lies."""
+    network, first, rows = result
+    texts, rows = [], rows[: len(first)]
+    for row in rows:
+        guess = f"{row['class_1']:.12}: {row['probability_1']:.0%}"
+        texts += [(utils.short_name(row["file"]), utils.BLACK), (guess, utils.BLUE)]
+    title = f"{len(first)} pictures, each with what it is taken for"
+    labels = torch.tensor([network.classes.index(row["class_1"]) for row in rows])
+    cams = grad_cam(network, first, labels)
+    if cams is None:
+        return image_grid(plt, first, texts[1::2], 8, title)
+    title = f"{title}, and where the evidence lies (Grad-CAM: bright is most)"
+    figure = image_grid(plt, first.repeat_interleave(2, 0), texts, 8, title)
+    for axes, cam in zip(figure.axes[1::2], cams):
+        axes.imshow(cam.numpy(), cmap="inferno", alpha=0.6)
+    return figure
+
+
+# %% Export
+
+
+def export(a):
+    """--export: write a network as files that need nothing of this project, in float32."""
+    network = load_network(a.export)
+    settings = replace(network.settings, device="cpu", precision="float32")
+    network = replace(network, model=network.model.eval(), settings=settings)
+    folder = utils.output_folder(a.output_dir or network.path.parent)
+    say(f"The network of {a.export}, version {network.version['sha256'][:12]}, into {folder}:")
+    images = torch.arange(5 * 32 * 32 * 3).mul(7919).to(torch.uint8).view(5, 32, 32, 3)
+    expected = probabilities(network, images)  # before tracing, so that on_device holds numbers
+    about = network.version | {"classes": network.classes}
+    utils.export_function(
+        lambda images: (mean_logits(network, images) / network.temperature).softmax(1),
+        *(network.model, images, expected, about, folder),
+    )
+
+
 # %% Options
 
 DATASETS, PRECISIONS = ("auto", "cifar10", "digits"), ("auto", "float32", "bfloat16")
@@ -1954,7 +2059,11 @@ class Settings:
     """
 
     preset: str = flag("baseline", PRESETS, "bundle of options; one given beside it wins")
-    dataset: str = flag("auto", DATASETS, "auto: CIFAR-10, or the digits if it cannot be had")
+    dataset: str = flag(
+        "auto",
+        utils.name_or_folder(DATASETS),
+        "auto: CIFAR-10, or the digits if it cannot be had; or a folder with train/CLASS/*",
+    )
     select_on: str = flag(
         "val", CHOSEN, "what chooses the epoch: held-out or test images, or none"
     )
@@ -2025,6 +2134,12 @@ def parse_arguments(argv):
     add("--split", choices=SPLITS, help=text)
     text = "also write what monitor.csv holds, and more, for TensorBoard"
     add("--tensorboard", action="store_true", help=text)
+    text = "say what pictures, or all those in a folder, show"
+    one_of("--predict", **path, nargs="+", metavar="PICTURE", help=text)
+    text = "write a network, of a run's folder or a file, as model.pt2 and model.onnx"
+    one_of("--export", **path, metavar="RUN", help=text)
+    text = "network of --predict, a file or the folder of a run (default: outputs/part2)"
+    add("--checkpoint", **path, help=text)
     add("--show", action="store_true", help="also show the figures in windows")
     a = parser.parse_args(argv)
     a.show = a.show and utils.can_show()
@@ -2032,10 +2147,15 @@ def parse_arguments(argv):
     a.folder = a.output_dir if a.resume in (None, True) else a.resume
     if a.output_dir and a.folder.resolve() != a.output_dir.resolve():
         raise UserError("--resume FOLDER writes into that folder: leave --output-dir out")
+    finished, free = a.evaluate or a.predict or a.export, set() if a.export else MACHINE
+    if finished and set(a.given) - free:
+        raise UserError("a finished run keeps its settings: leave other options out")
+    if a.checkpoint and not a.predict:
+        raise UserError("--checkpoint is for --predict: leave it out")
     if a.split and not a.evaluate:
         raise UserError("--split is for --evaluate: leave it out")
-    if a.tensorboard and (a.evaluate or not find_spec("tensorboard")):
-        what = "is for training" if a.evaluate else "needs the package tensorboard: install it"
+    if a.tensorboard and (finished or not find_spec("tensorboard")):
+        what = "is for training" if finished else "needs the package tensorboard: install it"
         raise UserError(f"--tensorboard {what}, or leave it out")
     return a
 
@@ -2048,7 +2168,7 @@ def flags_text(change):
 def run_folder(a, settings):
     """The folder that was named, else one with the names of preset, data set and seed."""
     names = [settings.preset] * (settings.preset != "baseline")
-    names += [settings.dataset] * (settings.dataset == "digits")
+    names += [Path(settings.dataset).name] * (settings.dataset not in ("auto", "cifar10"))
     names += [f"seed{settings.seed}"] * (settings.seed != Settings.seed)
     return a.folder or Path("outputs", "-".join(["part2", *names]))
 
@@ -2106,7 +2226,7 @@ def settings_of(config):
         value = config.get(option.name, option.default)
         if value not in option.metadata.get("choices", [value]):
             raise ValueError(f"{option.name} is {value}")
-    return Settings(**config)
+    return Settings(**{key: value for key, value in config.items() if key != "classes"})
 
 
 if __name__ == "__main__" and not hasattr(sys, "ps1"):

@@ -27,6 +27,7 @@ import textwrap
 import threading
 import time
 import urllib.request
+import warnings
 import zipfile
 import zlib
 from collections import namedtuple
@@ -127,6 +128,19 @@ def option(name):
 def integer(low, high=10**9):
     """Argparse type: a whole number from ``low`` to ``high``."""
     return number(low, high, kind=int)
+
+
+def name_or_folder(names):
+    """Argparse type: one of ``names``, or an existing folder as its whole path."""
+
+    def parse(text):
+        path = user_path(text)
+        if text not in names and not path.is_dir():
+            text = f"{text!r} is no folder, and none of {', '.join(names)}"
+            raise argparse.ArgumentTypeError(text)
+        return text if text in names else str(path.resolve())
+
+    return parse
 
 
 # %% Console
@@ -281,7 +295,7 @@ def write_csv(path, columns):
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(columns)
     writer.writerows(["" if x != x else x for x in row] for row in zip(*values))
-    write_bytes(path, text.getvalue().encode())
+    write_bytes(path, text.getvalue().encode(errors="backslashreplace"))  # a file's odd name
 
 
 def read_csv(path):
@@ -391,6 +405,20 @@ def md5_of(path):
     """MD5 of a file as 32 hex digits (an identity check, not a security one)."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+
+
+def sha256_of(path):
+    """SHA-256 of a file as 64 hex digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def md5_of_arrays(*arrays):
+    """MD5 of the bytes of arrays or tensors, one after the other."""
+    md5 = hashlib.md5(usedforsecurity=False)
+    for array in arrays:
+        md5.update(np.ascontiguousarray(array))
+    return md5.hexdigest()
 
 
 def download(urls, path, md5, stall_seconds=15):
@@ -745,6 +773,189 @@ def _number(text, comma):
         return math.nan
 
 
+# %% Pictures
+
+
+def files_in(folder):
+    """Files directly in a folder, by name and without hidden ones."""
+    try:
+        with os.scandir(folder) as entries:
+            names = [e.name for e in entries if not e.name.startswith(".") and not e.is_dir()]
+    except OSError as error:
+        raise UserError(f"cannot look into {folder} ({error.strerror}): name another") from error
+    return [Path(folder, name) for name in sorted(names)]
+
+
+def files_of(paths):
+    """The files among ``paths``, and those in its folders; UserError if there are none."""
+    groups = [files_in(path) if os.path.isdir(path) else [path] for path in paths]
+    if not (files := sum(groups, [])):
+        raise UserError(f"there is no file in {some_of(list(map(str, paths)))}: name another")
+    return files
+
+
+def likeliest(files, probs, classes, most=3):
+    """A dict for each file: its name, and its likeliest classes with their probabilities."""
+    rows, top = [], probs.topk(min(most, len(classes)))
+    for file, shares, labels in zip(files, top.values.tolist(), top.indices.tolist()):
+        rows.append({"file": str(file)})
+        for i, (share, label) in enumerate(zip(shares, labels), 1):
+            rows[-1] |= {f"class_{i}": classes[label], f"probability_{i}": round(share, 6)}
+    return rows
+
+
+def tell_likeliest(rows, most, classes):
+    """Print the first of these rows as a table, and what it cannot say."""
+    for row in rows[:most]:
+        _, *pairs = row.values()
+        pairs = zip(pairs[::2], pairs[1::2])
+        text = "".join(f"  {name:<11.11} {share:>6.1%}" for name, share in pairs)
+        say(f"  {short_name(row['file']):<16}{text}")
+    if len(rows) > most:
+        tell(f"The other {len(rows) - most:,} are in predictions.csv.")
+    tell(
+        f"The network knows {len(classes)} classes and nothing else: a picture of anything else "
+        "is one of them to it, perhaps with a high probability."
+    )
+
+
+def short_name(file, most=16):
+    """The end of a file's name, for a column of a table."""
+    name = Path(file).name
+    name = name if name.isprintable() else ascii(name)
+    return name if len(name) <= most else f"...{name[3 - most :]}"
+
+
+def class_files(folder):
+    """The files of each class: of each folder in ``folder``, by name; none if it is not there."""
+    if not os.path.isdir(folder):
+        return {}
+    names = [name for name in _listed(folder) if not name.startswith(".")]
+    return {name: files_in(folder / name) for name in names if os.path.isdir(folder / name)}
+
+
+def read_picture(file, side=32):
+    """The middle square of a picture, upright and made small, as uint8 (side, side, 3).
+
+    ``file`` is a path or an open binary file of any format, size and mode that Pillow reads; of
+    an animation it is the first frame. Transparent parts become white. Whole or broken numbers
+    instead of bytes are scaled: 65,535, 1 or, if that is more, the largest becomes white.
+    ValueError, in one line, if it is no picture.
+    """
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    try:
+        if isinstance(file, Path) and os.path.exists(file) and not os.path.isfile(file):
+            raise ValueError("it is no regular file")
+        with warnings.catch_warnings(action="ignore"), Image.open(file) as image:
+            if image.format == "EPS":
+                raise ValueError("it is PostScript, a program that would have to be run")
+            image.draft(None, (8 * side, 8 * side))  # of a large JPEG, decode less
+            image = ImageOps.exif_transpose(image)
+            length, (width, height) = min(image.size), image.size
+            left, top = (width - length) // 2, (height - length) // 2
+            image = image.crop((left, top, left + length, top + length))
+            if image.mode.startswith(("I", "F")):
+                values = np.nan_to_num(np.asarray(image, np.float32)).clip(0)
+                white = max(values.max(), 1 if image.mode == "F" else 65_535)
+                image = Image.fromarray((255 / white * values).round().astype(np.uint8))
+            if image.has_transparency_data:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            image = image.convert("RGB").resize((side, side), Image.Resampling.BILINEAR)
+            return np.array(image)
+    except UnidentifiedImageError:
+        raise ValueError("it is no picture") from None
+    except Exception as error:  # a damaged file can raise almost anything
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        raise ValueError(reason.splitlines()[0]) from error
+
+
+def read_pictures(paths, size=500):
+    """Read files in batches, so that many need no more memory than a few.
+
+    Yields
+    ------
+    images : Tensor of uint8, shape (n, 32, 32, 3)
+    good : list of Path
+        The files of these images.
+    bad : list of str
+        Those that are no pictures, each with the reason.
+    """
+    import torch
+
+    shown = time.monotonic()
+    for start in range(0, len(paths), size):
+        images, good, bad = [], [], []
+        for i, path in enumerate(paths[start : start + size], start):
+            try:
+                images.append(read_picture(path))
+                good.append(path)
+            except ValueError as error:
+                bad.append(f"{path} ({error})")
+            if time.monotonic() - shown > 0.5:
+                show_progress(f"  {i:,} of {len(paths):,} files")
+                shown = time.monotonic()
+        show_progress("")
+        yield torch.from_numpy(np.array(images, np.uint8).reshape(-1, 32, 32, 3)), good, bad
+
+
+def read_class_folders(folder):
+    """Read labelled pictures from train/CLASS/* and, if it is there, test/CLASS/*.
+
+    Returns
+    -------
+    classes : tuple of str
+    train, test : tuple of Tensor
+        Images, uint8 (n, 32, 32, 3), and labels, int64 (n,); without a folder of their own the
+        test images are a fifth of the others.
+    """
+    import torch
+
+    train, test = (class_files(folder / part) for part in ("train", "test"))
+    if len(train) < 2 or min(map(len, train.values())) < 5:
+        text = "there must be two or more folders, a class each, of five or more pictures"
+        raise UserError(f"{folder / 'train'}: {text}")
+    if test and (list(test) != list(train) or not all(test.values())):
+        text = "there must be pictures of each class that train has, and of no other"
+        raise UserError(f"{folder / 'test'}: {text}")
+    groups = [*train.values(), *test.values()]
+    files = sum(groups, [])
+    images, _, bad = zip(*read_pictures(files))
+    if bad := sum(bad, []):
+        text = f"{len(bad):,} of {len(files):,} files are no pictures: replace or delete them"
+        raise UserError(f"{text}: {some_of(bad)}")
+    images, n_train = torch.cat(images), sum(map(len, train.values()))
+    labels = np.arange(len(groups)) % len(train)
+    labels = torch.from_numpy(labels.repeat(list(map(len, groups))))
+    rows = (slice(n_train), slice(n_train, None)) if test else part_a_fifth(labels)
+    return tuple(train), *((images[part], labels[part]) for part in rows)
+
+
+def part_a_fifth(labels):
+    """Rows of four fifths to train on and of a fifth to test on, fixed and stratified."""
+    from sklearn.model_selection import train_test_split
+
+    rows = np.arange(len(labels))
+    return train_test_split(rows, test_size=0.2, stratify=labels.numpy(), random_state=0)
+
+
+def channel_statistics(images):
+    """Mean and deviation of each channel, of pixels in [0, 1], from counts of the 256 values."""
+    import torch
+
+    levels = torch.arange(256).double() / 255
+    shares = [torch.bincount(images[..., c].flatten(), minlength=256).double() for c in range(3)]
+    mean = [(n @ levels / n.sum()).item() for n in shares]
+    var = [(n @ (levels - m) ** 2 / n.sum()).item() for n, m in zip(shares, mean)]
+    return tuple(mean), tuple(max(math.sqrt(v), 1 / 255) for v in var)  # never zero
+
+
+def some_of(items, most=10):
+    """The first few, in words."""
+    return ", ".join(items[:most]) + f" and {len(items) - most:,} more" * (len(items) > most)
+
+
 # %% Plots
 
 # Okabe and Ito's colours can be told apart with every kind of colour vision.
@@ -764,6 +975,7 @@ STYLE = {
     "axes.spines.right": False,
     "grid.color": "#E5E5E5",
     "legend.frameon": False,
+    "text.parse_math": False,  # a $ in the name of a class or a file is just a $
 }
 
 
@@ -979,11 +1191,13 @@ def usable_threads():
 def describe_machine(device):
     """What the last bits of a result depend on, beside seed and settings."""
     import torch
+    import torchvision
 
     name = torch.cpu.get_capabilities().get("cpu_name") or platform.processor()
     if torch.device(device).type == "cuda":
         name = torch.cuda.get_device_name(device)
-    versions = {"python": platform.python_version(), "torch": str(torch.__version__)}
+    versions = {"python": platform.python_version(), "numpy": np.__version__}
+    versions |= {"torch": str(torch.__version__), "torchvision": torchvision.__version__}
     return {"processor": name, "threads": torch.get_num_threads()} | versions
 
 
@@ -1069,3 +1283,77 @@ def load_checkpoint(path):
     if checkpoint.get("digest") != digest:
         raise UserError(f"{path} was altered after it was written: name another file")
     return checkpoint
+
+
+# %% Exports
+
+
+def export_function(function, model, images, expected, about, folder):
+    """Write what computes with a model as model.pt2, which torch alone loads, and model.onnx.
+
+    Before a file is written it must give ``expected`` for ``images`` (n, h, w, 3), and the same
+    for the first one alone; the dict ``about`` is in it as version.json.
+    """
+    import torch
+
+    class Exported(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = model  # whose weights go with the function
+
+        def forward(self, images):
+            return function(images)
+
+    batch = {0: torch.export.Dim("n")}
+    program = torch.export.export(Exported().eval(), (images[:2],), dynamic_shapes=(batch,))
+    for graph in program.graph_module.modules():
+        for node in graph.graph.nodes if hasattr(graph, "graph") else ():
+            node.meta.pop("stack_trace", None)  # it names folders of this machine
+    about = json.dumps(_plain(about), indent=2)
+    file = io.BytesIO()
+    torch.export.save(program, file, extra_files={"version.json": about})
+    file.seek(0)
+    _check_export("model.pt2", torch.export.load(file).module(), images, expected)
+    write_bytes(folder / "model.pt2", file.getvalue())
+    say("  model.pt2")
+    try:
+        import onnx
+        import onnxscript  # noqa: F401
+    except ImportError:
+        return tell("model.onnx is written too where onnx and onnxscript are installed.")
+    program = program.run_decompositions({torch.ops.aten.avg_pool2d.default: _average})
+    model = torch.onnx.export(program, opset_version=20, dynamo=True, verbose=False).model_proto
+    onnx.helper.set_model_props(model, {"version.json": about})
+    data = model.SerializeToString()
+    try:
+        import onnxruntime
+    except ImportError:
+        tell("model.onnx is checked, too, where onnxruntime is installed.")
+    else:
+        session = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
+        (given,) = session.get_inputs()
+
+        def run(images):
+            return torch.from_numpy(session.run(None, {given.name: images.numpy()})[0])
+
+        _check_export("model.onnx", run, images, expected)
+    write_bytes(folder / "model.onnx", data)
+    say("  model.onnx")
+
+
+def _average(images, size, stride, padding=(0,), ceil=False, include=True, divisor=None):
+    """Divide an average pool by another number afterwards: ONNX ignores ``divisor``."""
+    import torch.nn.functional as F
+
+    if divisor is None:
+        return NotImplemented  # it may stay as it is
+    return F.avg_pool2d(images, size, stride, padding, ceil) * (math.prod(size) / divisor)
+
+
+def _check_export(name, model, images, expected, most=1e-5):
+    """RunFailed unless ``model`` gives what is expected for one image and for many."""
+    for few in (images[:1], images):
+        error = abs(model(few) - expected[: len(few)]).max().item()
+        if not error <= most:
+            text = f"its probabilities are off by {error:.2g}, so it is not written"
+            raise RunFailed(f"{name} does not compute what the network does: {text}")

@@ -69,7 +69,7 @@ def run_plain(data_dir, epochs, seed):
     return seconds, *tested(model, test)
 
 
-def plain_network(dropout):
+def plain_network(dropout, classes):
     """The baseline's layers in the usual order: pooling last."""
     from torch import nn
 
@@ -86,7 +86,7 @@ def plain_network(dropout):
         nn.Linear(4096, 64),
         nn.ReLU(),
         nn.Dropout(dropout),
-        nn.Linear(64, 10),
+        nn.Linear(64, classes),
     )
 
 

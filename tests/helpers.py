@@ -9,11 +9,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import part2_cifar_cnn as part2
 
 ARCHIVE, BATCHES = "cifar-10-python.tar.gz", "cifar-10-batches-py"
 QUICK = shlex.split("--dataset digits --epochs 3 --batch-size 32 --device cpu --precision float32")
+SHADES = {"dark": 30, "grey": 128, "light, $_{$": 220}  # names that CSV and plots must bear
 
 
 def read_table(path):
@@ -105,6 +107,21 @@ def state_of(model):
     """Weights and running statistics in one vector."""
     state = model.state_dict().values()
     return torch.cat([value.flatten() for value in state if value.is_floating_point()]).clone()
+
+
+def picture(shade, rng, size=(40, 50)):
+    """A noisy picture around a shade of grey."""
+    pixels = rng.normal(shade, 20, (*size[::-1], 3)).clip(0, 255)
+    return Image.fromarray(pixels.astype(np.uint8))
+
+
+def make_pictures(folder, shades, n, seed):
+    """A folder of ``n`` pictures for each class."""
+    rng = np.random.default_rng(seed)
+    for name, shade in shades.items():
+        (folder / name).mkdir(parents=True)
+        for i in range(n):
+            picture(shade, rng).save(folder / name / f"{i:02}.png")
 
 
 class Hostile:

@@ -17,7 +17,16 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import as_tensors, error_line, first, network_of, read_table, run_epoch, share_right
+from helpers import (
+    as_tensors,
+    error_line,
+    first,
+    make_pictures,
+    network_of,
+    read_table,
+    run_epoch,
+    share_right,
+)
 from matplotlib.image import imread
 from scipy.stats import binomtest
 from sklearn import datasets as sk_datasets
@@ -829,8 +838,8 @@ QUICK = ["--dataset", "digits", "--epochs", "1", "--precision", "float32", "--ou
 
 
 def test_a_new_network_is_one_function_and_one_entry(quick, monkeypatch, tmp_path):
-    def linear(dropout):
-        return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3072, 10))
+    def linear(dropout, classes):
+        return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3072, classes))
 
     monkeypatch.setitem(part2.MODELS, "linear", linear)
     assert part2.main([*QUICK, str(tmp_path), "--model", "linear"]) == 0
@@ -907,7 +916,8 @@ def readme_commands():
 
 
 COMMANDS = list(readme_commands())
-TRAINING = [c for c in COMMANDS if "part2" in c[0] and not {"--resume", "--evaluate"} & set(c)]
+LATER = {"--resume", "--evaluate", "--predict", "--export"}  # for runs that are there
+TRAINING = [c for c in COMMANDS if "part2" in c[0] and not LATER & set(c)]
 
 
 def test_readme_has_commands_of_both_scripts():
@@ -924,7 +934,9 @@ def test_readme_command_of_part_1_runs(command, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("command", TRAINING, ids=" ".join)
-def test_readme_command_of_part_2_trains(quick, tmp_path, command):
+def test_readme_command_of_part_2_trains(quick, tmp_path, monkeypatch, command):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pictures").mkdir()
     short = ["--epochs", "1", "--warmup-epochs", "0", "--dataset", "digits", "--output-dir"]
     assert part2.main([*command[1:], *short, str(tmp_path)]) == 0
     assert (tmp_path / "metrics.json").exists()
@@ -933,11 +945,15 @@ def test_readme_command_of_part_2_trains(quick, tmp_path, command):
 def test_readme_commands_for_runs_that_are_there_work(quick, few_digits, tmp_path, monkeypatch):
     """In README's order, each on a few digits and for an epoch."""
     monkeypatch.chdir(tmp_path)
+    make_pictures(tmp_path / "pictures/train", {"cat": 30, "dog": 220}, 5, seed=0)
     few = replace(few_digits, key="cifar10", name="CIFAR-10")
     monkeypatch.setattr(part2, "load_cifar10", lambda folder: few)
     for command in (c for c in COMMANDS if "part2" in c[0]):
-        later = {"--resume", "--evaluate"} & set(command)
-        short = [] if later else ["--epochs", "1", "--warmup-epochs", "0", "--overwrite"]
+        short = (
+            []
+            if LATER & set(command)
+            else ["--epochs", "1", "--warmup-epochs", "0", "--overwrite"]
+        )
         assert part2.main([*command[1:], *short]) == 0, command
 
 
