@@ -27,6 +27,7 @@ import math
 import os
 import re
 import shlex
+import shutil
 import signal
 import sys
 import textwrap
@@ -79,13 +80,15 @@ def main(argv=None):
             restore(training, stopped, folder)
         introduce(training)
         train(training, folder, a.tensorboard)
-        networks = [kept_network(training, folder)]
+        networks = [kept_network(folder, training)]
     result = evaluate(networks, data, a.split or "test")  # here the test images are used
     report(result)
     save_result(result, folder)
-    if a.tensorboard:
-        write_outcome(result, folder)
-    utils.draw_figures(FIGURES, result, folder, a.show)
+    if not a.evaluate and training.events:
+        write_outcome(training.events, result)
+    several = len(networks) > 1
+    figures = {k: plot for k, plot in FIGURES.items() if not (several and plot in OF_ONE_NETWORK)}
+    utils.draw_figures(figures, result, folder, a.show)
 
 
 # %% 1. Machine and data
@@ -266,6 +269,7 @@ class Training:
         self.optimizer = OPTIMIZERS[settings.optimizer](weights, settings)
         self.scheduler = build_scheduler(self.optimizer, settings, self.steps)
         self.average = average_of(self) if settings.ema else None
+        self.events = None  # TensorBoard's, if it is to be written
         self.history = []  # a dict for each epoch: a row of history.csv, and of monitor.csv
 
     @property
@@ -321,7 +325,7 @@ def train_epoch(training, pressed=()):
     """
     model, settings, epoch = training.model, training.settings, len(training.history) + 1
     row = {"epoch": epoch, "lr": training.scheduler.get_last_lr()[0]}
-    n, layers = len(training.data.train), list(training.layers.values())
+    n, layers = len(training.data.train), training.layers.values()
     loss_sum = right = seen = gradients = 0
     start = shown = time.monotonic()
     model.train()  # dropout is on, and BatchNorm uses the statistics of the batch
@@ -333,7 +337,7 @@ def train_epoch(training, pressed=()):
         loss = F.cross_entropy(logits, targets, label_smoothing=settings.label_smoothing)
         training.optimizer.zero_grad()  # or the gradients of all steps would add up
         loss.backward()
-        gradients += torch.stack([weights.grad.norm() for weights in layers])
+        gradients += gradient_norms(layers)
         if settings.grad_clip:
             nn.utils.clip_grad_norm_(model.parameters(), settings.grad_clip)
         training.optimizer.step()
@@ -371,22 +375,18 @@ def check_finite(total, row):
 def judge(training, row):
     """Add to a row what the validation images say, if there are any."""
     valid, temperature = training.data.valid, 1.0
+    fires = firing(training.network, training.data.train.images[:1000])
+    row["monitor"] |= {f"silent_{k}": shares.count(0) / len(shares) for k, shares in fires.items()}
     if not len(valid):
-        row["monitor"] |= silent_shares(training, training.data.train.images)
         return row | {"val_loss": math.nan, "val_accuracy": math.nan, "temperature": temperature}
     logits = predict(training.network, valid.images)
     loss = F.cross_entropy(logits, valid.labels).item()
     check_finite(loss, row)
-    right = (logits.argmax(1) == valid.labels).sum().item()
-    row["monitor"] |= silent_shares(training, valid.images)
+    right = (logits.argmax(1) == valid.labels).sum().item() / len(valid)
     if training.settings.select_on == "val":  # test images are not looked at before the end
         temperature = fit_temperature(logits, valid.labels)
         row["monitor"] |= guesses(logits[:WATCHED] / temperature, training.data.classes)
-    return row | {
-        "val_loss": loss,
-        "val_accuracy": right / len(valid),
-        "temperature": temperature,
-    }
+    return row | {"val_loss": loss, "val_accuracy": right, "temperature": temperature}
 
 
 def fit_temperature(logits, labels):
@@ -430,9 +430,19 @@ class Network:
     version: dict = None  # what tells it from other trainings
 
     @property
+    def device(self):
+        """Where its weights are."""
+        return next(self.model.parameters()).device
+
+    @property
     def n_parameters(self):
         """Number of weights and biases."""
         return sum(p.numel() for p in self.model.parameters())
+
+    @property
+    def name(self):
+        """The run's folder, or the file that holds it."""
+        return str(self.path.parent if self.path.name == "best.pt" else self.path)
 
     @property
     def kept(self):
@@ -466,9 +476,20 @@ def predict(network, images, batch=500):
 
     ``images`` are uint8 (n, 32, 32, 3), on the device of the network; logits float32 (n, classes).
     """
-    network.model.eval()
     size = batch // len(VIEWS[network.settings.tta])
-    return torch.cat([mean_logits(network, part) for part in images.split(size)])
+    with judging(network.model):
+        return torch.cat([mean_logits(network, part) for part in images.split(size)])
+
+
+@contextmanager
+def judging(model):
+    """Have no dropout, and BatchNorm with its running statistics, as long as this lasts."""
+    mode = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(mode)
 
 
 def mean_logits(network, images):
@@ -553,9 +574,11 @@ def evaluate(networks, data, split="test"):
     found = average(networks, [probabilities(n, seen.images).cpu().numpy() for n in networks])
     metrics["train_accuracy"] = accuracy(seen.labels.cpu().numpy(), found, data.classes)
     metrics["verdict"] = verdict(metrics["train_accuracy"], metrics["accuracy"])
-    fires = firing(networks[0], seen.images)
+    fires = firing(networks[0], seen.images) if len(networks) == 1 else {}
     metrics["silent_units"] = {name: [s.count(0), len(s)] for name, s in fires.items()}
-    metrics["runs"] = describe_runs(networks, [accuracy(labels, p, data.classes) for p in each])
+    if len(each) > 1:
+        found = [accuracy(labels, probs, data.classes) for probs in each]
+        metrics["runs"] = describe_runs(networks, found)
     if len(each) == 2:
         metrics["comparison"] = compare(labels, *each, data.classes)
     metrics["suggestions"] = suggestions(networks)
@@ -957,18 +980,20 @@ def average_of(training):
 WATCHED = 16  # validation images whose guesses are shown
 
 
+def gradient_norms(layers):
+    """Norm of the gradient of each layer's weights, 0 where there is none; shape (layers,)."""
+    gradients = [
+        weights.new_zeros(1) if weights.grad is None else weights.grad for weights in layers
+    ]
+    return torch.stack([each.norm() for each in gradients]) if gradients else torch.zeros(0)
+
+
 def norms_of(training, gradients):
     """Norms of each layer: mean over the steps of that of its gradient, and of its weights."""
     means = zip(training.layers, (gradients / training.steps).tolist())
     norms = {f"gradient_{name}": mean for name, mean in means}
     weights = training.layers.items()
     return norms | {f"weight_{name}": values.norm().item() for name, values in weights}
-
-
-def silent_shares(training, images):
-    """Share of the units of each ReLU that fire for none of the first thousand ``images``."""
-    fires = firing(training.network, images[:1000])
-    return {f"silent_{name}": shares.count(0) / len(shares) for name, shares in fires.items()}
 
 
 def guesses(logits, classes):
@@ -1019,16 +1044,16 @@ def firing(network, images):
 
 def maps_of(network, image, smallest=4):
     """What the layers, pools aside, make of an image (1, h, w, 3): maps (d, h, w) by name."""
-    model, maps = network.model.eval(), {}
+    model, maps = network.model, {}
     layers = {n: m for n, m in model.named_modules() if "Pool" not in type(m).__name__}
 
     def see(name, output):
-        if output.ndim == 4 and min(output.shape[2:]) >= smallest:
+        if getattr(output, "ndim", 0) == 4 and min(output.shape[2:]) >= smallest:
             maps.pop(name, None)  # in the order in which they end
             maps[name] = output[0].float().cpu()
 
-    with watching(layers, see), torch.no_grad():
-        model(normalise(image.to(network.settings.device), network.mean, network.std))
+    with judging(model), watching(layers, see), torch.no_grad():
+        model(normalise(image.to(network.device), network.mean, network.std))
     return maps
 
 
@@ -1052,9 +1077,10 @@ def grad_cam(network, images, labels, elementwise=False):
     """
     if not (names := list(maps_of(network, images[:1]))):
         return None
-    model, seen = network.model.eval(), {}
-    images = normalise(images.to(network.settings.device), network.mean, network.std)
-    with torch.enable_grad(), watching({"maps": model.get_submodule(names[-1])}, seen.__setitem__):
+    model, seen = network.model, {}
+    images = normalise(images.to(network.device), network.mean, network.std)
+    layer = {"maps": model.get_submodule(names[-1])}
+    with judging(model), torch.enable_grad(), watching(layer, seen.__setitem__):
         logits = model(images.requires_grad_())
         wanted = logits.gather(1, labels.to(logits.device)[:, None]).sum()
         (slope,) = torch.autograd.grad(wanted, seen["maps"])
@@ -1092,7 +1118,7 @@ def per_class(labels, probs, classes):
 
 def loss_of(labels, probs, classes):
     """Mean negative log-likelihood in nats; at most that of a probability of 1e-30."""
-    return -np.log(probs[np.arange(len(labels)), labels].clip(1e-30)).mean(dtype=float)
+    return -np.log(probs[np.arange(len(labels)), labels].clip(1e-30)).mean(dtype=float) + 0.0
 
 
 def calibration(labels, probs, classes):
@@ -1179,21 +1205,16 @@ def describe(networks, data):
 
 
 def describe_runs(networks, accuracies):
-    """Of each of several runs the results, and the settings in which they differ."""
-    settings = [asdict(network.settings) for network in networks]
-    differ = [key for key in settings[0] if len({each[key] for each in settings}) > 1]
-    runs = zip(networks, accuracies, settings)
-    return [
-        {
-            "run": str(network.path),
-            "accuracy": share,
-            "seconds": network.seconds,
-            "parameters": network.n_parameters,
-            "settings": {key: values[key] for key in differ},
-        }
-        for network, share, values in runs
-        if len(networks) > 1
-    ]
+    """Of each of several runs the results, and what they and their presets differ in."""
+    settings, runs = [asdict(network.settings) for network in networks], []
+    for network, share, values in zip(networks, accuracies, settings):
+        usual = asdict(Settings(**PRESETS[values["preset"]]))
+        differ = {k: v for k, v in values.items() if any(v != each[k] for each in settings)}
+        found = {"run": network.name, "accuracy": share, "seconds": network.seconds}
+        found |= {"parameters": network.n_parameters}
+        own = {k: v for k, v in differ.items() if k == "preset" or v != usual[k]}
+        runs.append(found | {"settings": own})
+    return runs
 
 
 def compare(labels, first, second, classes):
@@ -1288,8 +1309,8 @@ def report(result):
     )
     for layer, shares in result.firing.items():
         if 0 in shares:
-            tell(f"{silent_text(layer, shares)} on training images, and so learn nothing.")
-    for run in metrics["runs"]:
+            tell(f"{silent_text(layer, shares)} on these images, and learn nothing from them.")
+    for run in metrics.get("runs", []):
         tell(run_text(run))
     if "comparison" in metrics:
         tell_comparison(metrics["comparison"], result)
@@ -1301,7 +1322,7 @@ def report(result):
     if not metrics["confused_pairs"]:
         say("  Nothing: every image is classified correctly.")
     for first, second, count in metrics["confused_pairs"]:
-        say(f"  {first} taken for {second} or the other way round: {count:,} times")
+        say(f"  {count:>5,}  {first} and {second}, one taken for the other")
     say("", "7. Can its confidence be trusted?")
     tell_confidence(result)
     say("", "8. What to try next")
@@ -1310,12 +1331,13 @@ def report(result):
 
 def silent_text(layer, shares):
     """Say how many units of a layer are silent."""
-    return f"{shares.count(0)} of the {len(shares)} units of {called(layer)} never fire"
+    return f"{shares.count(0)} of the {len(shares)} units of layer {layer} (ReLU) never fire"
 
 
-def called(layer):
-    """What to call a layer, which may be a number."""
-    return f"layer {layer}" if layer.isdigit() else layer
+def called(network, layer):
+    """A layer's kind and its name, which may be a number; one of many weights has its own."""
+    found = dict(network.model.named_modules()).get(layer)
+    return f"{type(found).__name__} {layer}" if found else layer
 
 
 def choice_text(result):
@@ -1326,7 +1348,7 @@ def choice_text(result):
         return f"with epoch {result.metrics['best_epoch']}, {how}"
     weighed = None not in map(validation_accuracy, result.networks)
     text = f"with the average of {n} networks" + ", weighted by validation accuracy" * weighed
-    return text + f"; epochs were {how}" * (result.split in chosen_on)
+    return text + f"; an epoch was {how}" * (result.split in chosen_on)
 
 
 def run_text(run):
@@ -1338,15 +1360,16 @@ def run_text(run):
 def tell_comparison(found, result):
     """Print how the second of two networks differs from the first."""
     low, high = (100 * end for end in found["interval"])
-    only = found["only_first"], found["only_second"]
+    only, unclear = found["only_first"], bool(found["p"] > 0.05 or low <= 0 <= high)
     tell(
-        f"The second is right on {100 * found['difference']:+.2f} points of the images (95% "
-        f"interval {low:+.2f} to {high:+.2f}; McNemar's exact p = {found['p']:.2g}): "
-        f"{len(only[0]):,} images only the first gets right, {len(only[1]):,} only the second. "
-        + ("These images cannot tell them apart." if low <= 0 <= high else "")
+        f"The accuracy of the second is {100 * found['difference']:+z.2f} points from the first's "
+        f"(95% interval {low:+z.2f} to {high:+z.2f}; McNemar's exact p = {found['p']:.2g}): "
+        f"{len(only):,} images only the first gets right, {len(found['only_second']):,} only the "
+        f"second. {'These images cannot tell them apart.' * unclear}"
     )
-    most = ", ".join(f"{name} {100 * points:+.1f}" for name, points in found["classes"][:3])
-    tell(f"They differ most in recall of: {most} points.")
+    most = [f"{name} {100 * points:+.1f}" for name, points in found["classes"][:3] if points]
+    if most:
+        tell(f"They differ most in the recall of {', '.join(most)} points.")
     if result.split == "test":
         tell("Whoever picks the better one by these numbers should judge it on other images.")
 
@@ -1354,24 +1377,23 @@ def tell_comparison(found, result):
 def tell_confidence(result):
     """Print how far the probabilities are off, and what withholding the least sure buys."""
     metrics, before = result.metrics, result.metrics["as_trained"]
-    temper = " and ".join(f"{network.temperature:.2f}" for network in result.networks)
-    after = metrics["calibration"]
-    low, high = after["ece_by_chance"]
-    if all(network.temperature == 1 for network in result.networks):
-        tell("No validation images are left to fit a temperature on: this is as trained.")
-    else:
-        tell(
-            f"As trained, its confidence is off by {before['calibration']['ece']:.3f} on average "
-            f"and its loss is {before['loss']:.4f}. At temperature {temper}, fitted on validation "
-            "images, as used from here on:"
+    low, high = metrics["calibration"]["ece_by_chance"]
+    fitted = [n.temperature for n in result.networks if validation_accuracy(n) is not None]
+    text = "No validation images are left to fit a temperature on: as trained, it"
+    if fitted:
+        fitted = " and ".join(f"{each:.2f}" for each in fitted)
+        text = (
+            f"As trained, its confidence is off by {before['calibration']['ece']:.3f} on average, "
+            f"and its loss is {before['loss']:.4f}. At temperature {fitted}, fitted on "
+            f"{'these' if result.split == 'val' else 'validation'} images, it"
         )
     tell(
-        f"It is off by {after['ece']:.3f} (calibrated confidence: {low:.3f} to {high:.3f} by "
-        f"chance), and the loss is {metrics['loss']:.4f}."
+        f"{text} is off by {metrics['calibration']['ece']:.3f} (calibrated confidence: {low:.3f} "
+        f"to {high:.3f} by chance), and the loss is {metrics['loss']:.4f}."
     )
-    answered, right = coverage(result.labels, result.probs)
-    half = right[np.searchsorted(answered, 0.5)]
-    tell(f"On the half of the images that it is surest of, {half:.1%} are right.")
+    surest = result.sure >= np.median(result.sure)
+    right = (result.preds == result.labels)[surest].mean()
+    tell(f"Of the {surest.mean():.0%} of the images that it is surest of, {right:.1%} are right.")
 
 
 def tell_suggestions(rows):
@@ -1428,6 +1450,8 @@ def save(training, folder):
     gone = ["best.pt", "last.pt"] * (len(history) == 1)  # of a run that this one replaces
     for name in [*gone, "model.pt2", "model.onnx"]:
         (folder / name).unlink(missing_ok=True)
+    if gone:
+        shutil.rmtree(folder / "tensorboard", ignore_errors=True)
     config = config_of(training.settings, training.data.classes)
     utils.write_json(folder / "config.json", config | about)
     rows = [{k: v for k, v in row.items() if k != "monitor"} for row in history]
@@ -1473,6 +1497,7 @@ def load_network(path):
         model = build_model(stored["config"])
         model.load_state_dict(stored["model"])
         about = {key: stored[key] for key in ABOUT}
+        check_history(stored["history"])
         network = Network(model, settings_of(stored["config"]), **about, path=path)
         version = {"sha256": utils.sha256_of(path), "temperature": network.temperature}
         version |= {key: stored.get(key) for key in ("config", "data_md5", "machine")}
@@ -1488,27 +1513,39 @@ def write_events(training, folder):
 
     row, valid = training.history[-1], training.data.valid
     epoch = row["epoch"]
-    with SummaryWriter(folder / "tensorboard", purge_step=epoch) as writer:  # of an older run
-        for name, value in (row | row["monitor"]).items():
-            if isinstance(value, float) and not math.isnan(value):
-                kind, _, layer = name.partition("_")
-                writer.add_scalar(f"{kind}/{layer or kind}", value, epoch)
-        for name, weights in training.layers.items():
-            writer.add_histogram(name, weights.detach().cpu(), epoch)
-        if training.settings.select_on == "val" and len(valid):
-            writer.add_images("images", valid.images[:WATCHED].cpu(), epoch, dataformats="NHWC")
-            guesses = (row["monitor"][f"image_{i + 1}"] for i in range(len(valid[:WATCHED])))
-            writer.add_text("guesses", ", ".join(guesses), epoch)
+    if not training.events:  # what a sudden end left of later epochs is purged
+        training.events = SummaryWriter(folder / "tensorboard", purge_step=epoch)
+    writer = training.events
+    for name, value in (row | row["monitor"]).items():
+        if isinstance(value, float) and not math.isnan(value):
+            kind, _, layer = name.partition("_")
+            writer.add_scalar(f"{kind}/{layer or kind}", value, epoch)
+    for name, weights in training.layers.items():
+        writer.add_histogram(name, weights.detach().cpu(), epoch)
+    if "image_1" in row["monitor"]:
+        images = valid.images[:WATCHED].cpu()
+        names = [row["monitor"][f"image_{i + 1}"] for i in range(len(images))]
+        writer.add_images("images", images, epoch, dataformats="NHWC")
+        writer.add_text("guesses", ", ".join(names), epoch)
+    writer.flush()
 
 
-def write_outcome(result, folder):
+def write_outcome(writer, result):
     """Write the settings with what they led to for TensorBoard."""
-    from torch.utils.tensorboard import SummaryWriter
-
-    (network,) = result.networks
     values = {k: v for k, v in result.metrics.items() if isinstance(v, float)}
-    with SummaryWriter(folder / "tensorboard") as writer:
-        writer.add_hparams(asdict(network.settings), values, run_name=".")
+    writer.add_hparams(asdict(result.networks[0].settings), values, run_name=".")
+    writer.close()
+
+
+HISTORY = {"epoch", "lr", "seconds", "train_loss", "train_accuracy"}
+HISTORY |= {"val_loss", "val_accuracy", "temperature", "monitor"}
+
+
+def check_history(history):
+    """Raise a ValueError unless this is a history as this version of the script writes it."""
+    if not history or any(row.keys() != HISTORY or row["temperature"] <= 0 for row in history):
+        raise ValueError("its history has other columns")
+    return history
 
 
 def restore(training, state, folder):
@@ -1521,7 +1558,7 @@ def restore(training, state, folder):
                 raise ValueError("the state of its optimizer has other shapes")
         if state.get("data_md5", training.data.md5) != training.data.md5:
             raise ValueError("its images or labels were others")
-        history = training.history = state["history"]
+        history = training.history = check_history(state["history"])
         about = {"machine": state["machine"], "data_md5": training.data.md5}
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
         text = f"{folder / 'last.pt'} does not fit this run ({error}): start it again"
@@ -1533,12 +1570,16 @@ def restore(training, state, folder):
         tell(f"This run had {before} threads: with another number its last bits will differ.")
 
 
-def kept_network(training, folder):
-    """The network that the run kept, read back from best.pt, with the whole history."""
-    network, history = load_network(folder / "best.pt"), training.history
+def kept_network(folder, training=None):
+    """The network that a run kept, read back from best.pt, with the whole history in last.pt."""
+    network = load_network(folder)
+    history = (
+        training.history if training else utils.load_checkpoint(folder / "last.pt")["history"]
+    )
     if repr(network.history) != repr(history[: best_epoch(history)]):  # NaN equals itself here
         raise UserError(f"{folder / 'best.pt'} is of another run: start this one again")
-    return replace(network, settings=training.settings, history=history)
+    settings = training.settings if training else network.settings
+    return replace(network, settings=settings, history=history)
 
 
 def finished_runs(a):
@@ -1546,9 +1587,10 @@ def finished_runs(a):
     for path in a.evaluate:
         if path.is_dir() and not os.path.exists(path / "metrics.json"):
             raise UserError(f"there is no finished run in {path}: finish it with --resume {path}")
-    if len({path.resolve() for path in a.evaluate}) < len(a.evaluate):
+    whole = [path.is_dir() and os.path.exists(path / "last.pt") for path in a.evaluate]
+    networks = [(kept_network if w else load_network)(p) for w, p in zip(whole, a.evaluate)]
+    if len({network.path.resolve() for network in networks}) < len(networks):
         raise UserError("--evaluate: the same run is there twice, so leave one out")
-    networks = [load_network(path) for path in a.evaluate]
     if a.split == "val" and None in map(validation_accuracy, networks):
         raise UserError("--split val: not all of these runs have validation images: leave it out")
     here = settings_here(a, networks[0])
@@ -1647,47 +1689,46 @@ def picked(result, right, n):
 KEY = "guess: its probability / is: the true class"
 
 
-def handicap(settings):
-    """What makes training images harder than others while the network learns from them."""
-    options = ("crop_padding", "cutout", "mixup")
-    augmented = settings.flip != "none" or any(getattr(settings, name) for name in options)
-    return " and ".join(["augmentation"] * augmented + ["dropout"] * (settings.dropout > 0))
-
-
 def plot_history(plt, result):
-    """Draw loss, accuracy and learning rate against the epoch, a line for each network."""
+    """Draw loss, accuracy and learning rate against the epoch, of each network."""
     figure, (loss, share, lr) = plt.subplots(1, 3, figsize=(12, 4.5))
-    first = result.networks[0]
-    harder = handicap(first.settings)
-    lines = [
-        ("train", "o-", utils.BLUE, "training" + f" (with {harder})" * bool(harder)),
-        (
-            "val",
-            "s--",
-            utils.ORANGE,
-            "test" if first.settings.select_on == "test" else "validation",
-        ),
-    ]
-    for network in result.networks:
-        column, named = columns_of(network.history), network is first
-        for name, style, color, label in lines:
-            if not math.isnan(network.kept[f"{name}_loss"]):
-                how = {"color": color, "label": label if named else None}
-                loss.plot(column["epoch"], column[f"{name}_loss"], style, **how)
-                share.plot(column["epoch"], column[f"{name}_accuracy"], style, color=color)
+    several = len(result.networks) > 1
+    for i, network in enumerate(result.networks):
+        column, colors = columns_of(network.history), (utils.BLUE, utils.ORANGE)
+        run = f"{Path(network.name).name}: " if several else ""
+        colors = (utils.OKABE_ITO.split()[i % 7],) * 2 if several else colors
+        names = "training", "test" if network.settings.select_on == "test" else "validation"
+        for key, name, style, color in zip(("train", "val"), names, ("o-", "s--"), colors):
+            if not math.isnan(network.kept[f"{key}_loss"]):
+                how = {"color": color, "label": run + name}
+                loss.plot(column["epoch"], column[f"{key}_loss"], style, **how)
+                share.plot(column["epoch"], column[f"{key}_accuracy"], style, color=color)
         for axes in (loss, share):
-            label = "epoch that is kept" if named and axes is loss else None
-            axes.axvline(network.kept["epoch"], color=utils.GREEN, ls=":", label=label)
-        lr.plot(column["epoch"], column["lr"], "o-", drawstyle="steps-post", color=utils.RED)
+            axes.axvline(
+                network.kept["epoch"],
+                color=colors[0],
+                ls=":",
+                label="epoch that is kept" if axes is loss and not several else None,
+            )
+        lr.plot(column["epoch"], column["lr"], "o-", drawstyle="steps-post", color=colors[0])
     loss.set_ylabel("cross-entropy (nats)")
     share.set_ylabel("accuracy")
     lr.set(ylabel="learning rate (start of epoch)", ylim=(0, None))
     epoch_axes(figure)
     title = f"{result.data.name}: {result.metrics['accuracy']:.1%} of the {result.name} are right"
-    if harder and all(n.kept["val_accuracy"] > n.kept["train_accuracy"] for n in result.networks):
-        title += f"; training lies lower, since {harder} act on it alone"
+    if all(n.kept["val_accuracy"] > n.kept["train_accuracy"] for n in result.networks):
+        harder = " and ".join(handicaps(result.networks[0]))
+        title += "; training lies lower: taken while it learns" + f", with {harder}" * bool(harder)
     figure.suptitle(title)
     return figure
+
+
+def handicaps(network):
+    """What makes training images harder than others while the network learns from them."""
+    settings = network.settings
+    moved = settings.crop_padding or (settings.flip != "none" and network.mirror)
+    augmented = moved or settings.cutout or settings.mixup
+    return ["augmentation"] * bool(augmented) + ["dropout"] * bool(settings.dropout)
 
 
 def epoch_axes(figure):
@@ -1699,34 +1740,30 @@ def epoch_axes(figure):
 
 def plot_monitor(plt, result):
     """Draw norms of gradients and weights and the share of silent units against the epoch."""
-    history = result.networks[0].history
-    rows = columns_of([row["monitor"] for row in history])
-    texts = {
-        "gradient": "norm of the gradient (mean over steps)",
-        "weight": "norm of the weights",
-        "silent": "share of units that never fire",
-    }
+    network = result.networks[0]
+    rows = columns_of([row["monitor"] for row in network.history])
+    epochs = [row["epoch"] for row in network.history]
     figure, grid = plt.subplots(1, 3, figsize=(12, 4.5))
-    for axes, (kind, text) in zip(grid, texts.items()):
+    for axes, kind, text in zip(
+        grid,
+        ("gradient", "weight", "silent"),
+        ("norm of the gradient (mean over steps)", "norm of the weights", "share of silent units"),
+    ):
         layers = [key for key in rows if key.startswith(kind)]
         for i, key in enumerate(layers):
             how = {"color": utils.OKABE_ITO.split()[i % 7], "marker": "osD^v<>"[i % 7]}
             if kind != "weight" and (len(layers) < 7 or i in (0, len(layers) - 1)):
-                what = {"gradient": "gradient and weights", "silent": "silent units"}[kind]
-                how["label"] = f"{called(key.partition('_')[2])}: {what}"
-            axes.plot(range(1, len(history) + 1), rows[key], "--" * (kind == "silent"), **how)
+                how["label"] = called(network, key.partition("_")[2])
+            axes.plot(epochs, rows[key], "--" * (kind == "silent"), **how)
         axes.set(ylabel=text, ylim=(0, 1 if kind == "silent" else None))
-        if not layers:
-            axes.text(0.5, 0.5, "it has no ReLU", ha="center", transform=axes.transAxes)
+        axes.set_visible(bool(layers))
     epoch_axes(figure)
-    ends = [
-        max(r[k] for k in r if k.startswith("gradient"))
-        for r in (history[i]["monitor"] for i in (0, -1))
-    ]
-    figure.suptitle(
-        f"{result.data.name}: the largest gradient {'grows' if ends[1] > ends[0] else 'shrinks'}, "
-        f"from {ends[0]:.2g} in the first epoch to {ends[1]:.2g} in the last"
-    )
+    gradients = np.array([rows[k] for k in rows if k.startswith("gradient")] or [[0.0]])
+    first, last = gradients[:, 0].max(), gradients[:, -1].max()
+    way = "grows" if last > first else "shrinks"
+    title = f"the largest gradient norm {way} from {first:.2g} in the first epoch to {last:.2g}"
+    title = title if len(epochs) > 1 else f"the largest gradient norm is {last:.2g}"
+    figure.suptitle(f"{result.data.name}: {title}")
     return figure
 
 
@@ -1737,7 +1774,8 @@ def plot_strip(plt, result):
         return None
     shown = result.data.valid[:WATCHED]
     labels, places = [classes[label] for label in shown.labels.tolist()], range(len(shown))
-    history = network.history[:: -(-len(network.history) // 10)]  # at most ten of the epochs
+    rows = np.linspace(0, len(network.history) - 1, min(len(network.history), 10)).round()
+    history = [network.history[int(i)] for i in rows]
     figure, grid = plt.subplots(2, len(shown), figsize=(12.8, 7.2), height_ratios=(1, 6))
     for axes, image, label in zip(grid[0], shown.images.cpu(), labels):
         axes.imshow(image.numpy())
@@ -1749,15 +1787,15 @@ def plot_strip(plt, result):
     right = names == labels
     axes.imshow(np.where(right, sure, -sure), cmap="PuOr", vmin=-1.3, vmax=1.3, aspect="auto")
     for (y, x), value in np.ndenumerate(sure):
-        color = "white" if right[y, x] and value > 0.7 else "black"
-        how = {"ha": "center", "va": "center", "fontsize": 8, "color": color}
-        axes.text(x, y, f"{names[y, x]}\n{value:.0%}", **how)
+        how = {"color": "white" if right[y, x] and value > 0.7 else "black"}
+        how |= {"weight": "normal" if right[y, x] else "bold", "fontsize": 8}
+        axes.text(x, y, f"{names[y, x]}\n{value:.0%}", ha="center", va="center", **how)
     epochs = [row["epoch"] for row in history]
     axes.set(xticks=[], ylabel="epoch", yticks=range(len(epochs)), yticklabels=epochs)
     axes.grid(visible=False)
     figure.suptitle(
-        f"{result.data.name}: of {len(shown)} validation images {right[0].sum()} are right "
-        f"(violet) after epoch {epochs[0]}, {right[-1].sum()} after epoch {epochs[-1]}"
+        f"{result.data.name}: guesses of {len(shown)} validation images that are right (violet): "
+        f"{right[0].sum()} after epoch {epochs[0]}, {right[-1].sum()} after epoch {epochs[-1]}"
     )
     return figure
 
@@ -1769,11 +1807,17 @@ def below(figure, grid):
     return figure.add_subplot(grid[0, 0].get_gridspec()[-1, :])
 
 
-def named(items):
-    """Names in a row; more than three are counted."""
-    if len(items) > 3:
-        return f"{len(items)} classes"
-    return " and ".join(items)
+def ends_of(shares):
+    """Say which classes, by name, have the least and the largest share; ties are counted."""
+    if len({*shares.values()}) == 1:
+        return "all classes alike"
+    ends = {"hardest": min(shares.values()), "easiest": max(shares.values())}
+    texts = []
+    for what, end in ends.items():
+        names = [name for name, share in shares.items() if share == end]
+        names = " and ".join(names) if len(names) < 4 else f"{len(names)} classes"
+        texts.append(f"{what}: {names}")
+    return "; ".join(texts)
 
 
 def plot_classes(plt, result):
@@ -1786,11 +1830,7 @@ def plot_classes(plt, result):
     axes.barh(names, recall, color=utils.SKY, label="recall: of its images, found")
     axes.plot(precision, names, "D", color=utils.BLACK, label="precision: of its guesses, right")
     axes.axvline(mean, color=utils.RED, ls="--", label="accuracy")
-    hardest, easiest = (
-        named([name for name, value in zip(names, recall) if value == end])
-        for end in (min(recall), max(recall))
-    )
-    title = f"{mean:.1f}% overall; hardest: {hardest}; easiest: {easiest}"
+    title = f"{mean:.1f}% overall; {ends_of(dict(zip(names, recall)))}"
     axes.set(xlabel=f"% ({result.name})", xlim=(0, 102), title=f"{result.data.name}: {title}")
     axes.grid(axis="y", visible=False)
     return figure
@@ -1845,6 +1885,7 @@ def plot_mistakes(plt, result, columns=10):
         return None
     wrong = wrong[np.argsort(-result.sure[wrong], kind="stable")]
     rows = [wrong[:columns], wrong[columns : 2 * columns]]
+    wrong = wrong[2 * columns :]
     for first, second, _ in result.metrics["confused_pairs"]:
         a, b = map(result.data.classes.index, (first, second))
         ways = [wrong[(labels[wrong] == x) & (preds[wrong] == y)] for x, y in ((a, b), (b, a))]
@@ -1854,8 +1895,10 @@ def plot_mistakes(plt, result, columns=10):
         blanks = columns - len(row)
         images += [*result.images[row], *[torch.full((32, 32, 3), 255)] * blanks]
         texts += [*captions(result, row), *[("", utils.BLACK)] * blanks]
-    pairs = ", ".join(f"{a}/{b}" for a, b, _ in result.metrics["confused_pairs"])
-    title = f"{result.data.name}: the most confident mistakes, and below those between {pairs}"
+    title = f"{result.data.name}: the most confident mistakes"
+    if len(wrong):
+        pairs = ", ".join(f"{a}/{b}" for a, b, _ in result.metrics["confused_pairs"])
+        title += f" (two rows), and others between {pairs}"
     return image_grid(plt, images, texts, columns, f"{title}\n{KEY}")
 
 
@@ -1873,7 +1916,7 @@ def plot_grad_cam(plt, result, columns=5):
     side = list(maps.values())[-1].shape[1]
     title = (
         f"{result.data.name}: where the evidence lies (Grad-CAM, bright is most; "
-        f"maps of {side}x{side}); left right guesses, then wrong ones"
+        f"maps of {side}x{side}): {sum(~wrong)} right guesses, {sum(wrong)} wrong ones"
     )
     figure = image_grid(plt, images.repeat(3, 1, 1, 1), texts, len(chosen), title)
     grid = np.reshape(figure.axes, (3, -1))
@@ -1884,21 +1927,25 @@ def plot_grad_cam(plt, result, columns=5):
     return figure
 
 
+def as_picture(filters):
+    """A filter (3, h, w) as a picture (h, w, 3) in [0, 1]; of another depth its mean (h, w)."""
+    filters = filters.detach().cpu()
+    filters = filters.permute(1, 2, 0) if len(filters) == 3 else filters.mean(0)
+    return (filters - filters.min()) / (filters.max() - filters.min()).clamp(min=1e-9)
+
+
 def plot_activations(plt, result, columns=10):
     """Draw the first filters, what the layers make of an image, and which units ever fire."""
-    network, chosen = result.networks[0], picked(result, True, 1)
-    image = result.images[chosen]
-    stages = {len(maps[0]): name for name, maps in maps_of(network, image).items()}
-    if not stages:
+    network, chosen = result.networks[0], [*picked(result, True, 1), *picked(result, False, 1)]
+    image = result.images[chosen[:1]]
+    if not (maps := maps_of(network, image)):
         return None
-    maps = maps_of(network, image)
-    first = next(m for m in network.model.modules() if isinstance(m, nn.Conv2d))
-    filters = first.weight.detach().cpu().permute(0, 2, 3, 1)
-    low, high = filters.amin((1, 2, 3), keepdim=True), filters.amax((1, 2, 3), keepdim=True)
-    rows = {"image and\nfirst filters": [image[0], *((filters - low) / (high - low))]}
+    stages = {len(stack[0]): name for name, stack in maps.items()}
+    convs = [m.weight for m in network.model.modules() if isinstance(m, nn.Conv2d)]
+    rows = {"image and\nfirst filters": [image[0], *map(as_picture, convs[0] if convs else [])]}
     for side, name in stages.items():  # the last maps of each size, the strongest first
         order = maps[name].flatten(1).mean(1).argsort(descending=True)
-        rows[f"{called(name)}\n{side}x{side}"] = maps[name][order]
+        rows[f"{called(network, name)}\n{side}x{side}"] = maps[name][order]
     figure, grid = plt.subplots(len(rows) + 1, columns, figsize=(12, 1.25 * len(rows) + 1.9))
     for line, (text, pictures) in zip(grid, rows.items()):
         for axes, picture in zip(line, pictures):
@@ -1910,7 +1957,10 @@ def plot_activations(plt, result, columns=10):
     if result.firing:
         layer, shares = max(result.firing.items(), key=lambda item: item[1].count(0))
         axes.bar(range(len(shares)), sorted(shares, reverse=True), color=utils.BLUE)
-        axes.set(xlabel=f"units of {called(layer)}, sorted", ylabel="fires for\nshare of images")
+        axes.set(
+            xlabel=f"units of {called(network, layer)}, sorted",
+            ylabel="fires for\nshare of images",
+        )
         title = silent_text(layer, shares) if 0 in shares else "every unit fires"
     else:
         axes.set_axis_off()
@@ -1921,20 +1971,16 @@ def plot_activations(plt, result, columns=10):
 def plot_confidence(plt, result):
     """Draw how far the confidence can be trusted, and what withholding the least sure buys."""
     figure, (axes, other) = plt.subplots(1, 2, figsize=(12, 5.6))
-    counts = by_confidence(result.labels, result.probs)
-    shape = utils.reliability(*counts, seed=0)
+    shape = utils.reliability(*by_confidence(result.labels, result.probs), seed=0)
     utils.draw_reliability(axes, shape, "confidences", "right guesses")
-    axes.set(xlabel="confidence (largest probability)", ylabel="share that is right")
+    axes.set(xlabel="confidence (largest probability)")
     other.plot(*coverage(result.labels, result.probs), color=utils.BLUE)
     other.set(xlabel="share of the images that are answered, the surest first", ylabel="accuracy")
     after, before = (
-        result.metrics["calibration"]["ece"],
-        result.metrics["as_trained"]["calibration"],
+        m["calibration"]["ece"] for m in (result.metrics, result.metrics["as_trained"])
     )
-    figure.suptitle(
-        f"{result.data.name}: confidence is off by {after:.3f} on average "
-        f"({before['ece']:.3f} before the temperature)"
-    )
+    title = f"{result.data.name}: confidence is off by {after:.3f} on average"
+    figure.suptitle(title + f" ({before:.3f} before the temperature)" * bool(before != after))
     return figure
 
 
@@ -1951,6 +1997,7 @@ FIGURES = {  # in the order of the talk; functions of pyplot and a Result
     "10_activations": plot_activations,
     "11_confidence": plot_confidence,
 }
+OF_ONE_NETWORK = {plot_monitor, plot_strip, plot_grad_cam, plot_activations}
 
 
 # %% Own pictures

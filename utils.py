@@ -174,7 +174,7 @@ def progress_bar(done, total, seconds, later=0):
     """What was done in ``seconds`` and the time left, of which ``later`` comes after ``total``."""
     left = seconds / done * (total - done)
     text = f"[{'#' * (20 * done // total):.<20}] {done / total:4.0%}, {left:.0f} s left"
-    return text + f", {left + seconds / done * later:.0f} s in all" * bool(later)
+    return text + f", {left + seconds / done * later:.0f} s to the end" * bool(later)
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 import json
 import math
 import sys
-from dataclasses import asdict, replace
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,7 +16,7 @@ from scipy.stats import binomtest
 from torch import nn
 
 import part2_cifar_cnn as part2
-from part2_cifar_cnn import Network, Settings, Training, build_model, set_aside
+from part2_cifar_cnn import FIGURES, Network, Settings, Training, build_model, set_aside
 
 EVALUATE = ["--device", "cpu", "--precision", "float32"]
 
@@ -66,6 +66,23 @@ def test_grad_cam_is_the_class_activation_map_before_average_pooling(digits, ele
     assert torch.allclose(found, expected, atol=1e-5) and found.amax() == 1
 
 
+def test_hirescam_weighs_each_place_by_its_own_slope(digits):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 6, 3, stride=8), nn.Flatten(), nn.Linear(96, 10))
+    images, label = digits.train.images[:2], torch.tensor([3, 4])
+    with torch.no_grad():
+        maps = model[0](part2.normalise(images, digits.mean, digits.std))
+    slopes = model[2].weight[label].detach().view(2, 6, 4, 4)
+    for elementwise in (False, True):
+        weights = slopes if elementwise else slopes.mean((2, 3), keepdim=True)
+        cam = F.interpolate(
+            (weights * maps).sum(1, keepdim=True).relu(), (32, 32), mode="bilinear"
+        )
+        cam = cam[:, 0] / cam.amax((1, 2, 3))[:, None, None].clamp(min=1e-9)
+        found = part2.grad_cam(network_with(model, digits), images, label, elementwise)
+        assert torch.allclose(found, cam, atol=1e-5) and found.max() > 0
+
+
 def test_hiding_the_evidence_lowers_the_probability_more_than_hiding_the_rest(trained):
     images = trained.data.test.images
     probs = part2.probabilities(trained.network, images)
@@ -105,28 +122,35 @@ def test_units_that_never_fire_are_counted(digits):
     nn.init.zeros_(model[1].weight)
     with torch.no_grad():
         model[1].bias.copy_(torch.tensor([1.0, 0.0, -1.0, 0.0]))
-        model[1].weight[3] = 1.0  # fires where the normalised pixels have a sum above 0
+        model[1].weight[3, 0] = 1.0  # fires where the first pixel is brighter than the mean
     images = digits.test.images[:700]
-    sums = part2.normalise(images, digits.mean, digits.std).flatten(1).sum(1)
-    shares = part2.firing(network_with(model, digits, tta="flip"), images)
-    assert shares == {"2": [1.0, 0.0, 0.0, pytest.approx((sums > 0).double().mean().item())]}
-    assert "2 of the 4 units of layer 2 never fire" in part2.silent_text("2", shares["2"])
+    images = images.roll(6, 2)  # to have bright pixels there
+    first = part2.normalise(images, digits.mean, digits.std)[:, 0, 0, 0]
+    shares = part2.firing(replace(network_with(model, digits, tta="flip"), mirror=True), images)
+    assert shares == {"2": [1.0, 0.0, 0.0, pytest.approx((first > 0).double().mean().item())]}
+    assert 0 < shares["2"][3] < 1
+    assert part2.silent_text("2", shares["2"]) == "2 of the 4 units of layer 2 (ReLU) never fire"
 
 
 def test_evaluation_and_figures_change_nothing_and_leave_no_hooks(trained, tmp_path):
     model, before = trained.network.model, state_of(trained.network.model)
+    gradients = [p.grad.clone() for p in model.parameters()]
     model.train()
-    mode, draws = model.training, torch.random.get_rng_state()
+    draws = torch.random.get_rng_state()
     result = part2.evaluate([trained.network], trained.data)
     part2.utils.draw_figures(part2.FIGURES, result, tmp_path)
     assert torch.equal(state_of(model), before)
     assert torch.equal(torch.random.get_rng_state(), draws)
     assert not any(m._forward_hooks or m._backward_hooks for m in model.modules())
-    assert all(p.grad is None or not p.grad.requires_grad for p in model.parameters())
+    assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), gradients))
+    assert all(layer.training for layer in model.modules())
+    model.eval()
+    part2.probabilities(trained.network, trained.data.test.images[:2])
+    assert not any(layer.training for layer in model.modules())
     with pytest.raises(RuntimeError), part2.watching(dict(model.named_modules()), print):
         raise RuntimeError
     assert not any(m._forward_hooks for m in model.modules())
-    assert mode
+    assert {path.stem for path in tmp_path.iterdir()} == set(part2.FIGURES)
 
 
 # ---------------------------------------------------------------------- confidence
@@ -196,7 +220,8 @@ def test_two_networks_are_compared_on_the_same_images():
     assert found["only_first"].tolist() == [] and len(found["only_second"]) == 25
     assert found["difference"] == pytest.approx(25 / 200)
     assert found["p"] == pytest.approx(2 * 0.5**25)
-    assert found["interval"][0] < 25 / 200 < found["interval"][1]
+    middle, wide = 25 / 202, 1.96 * math.sqrt((25 + 1) / 202 - (25 / 202) ** 2) / math.sqrt(202)
+    assert found["interval"] == pytest.approx((middle - wide, middle + wide))
     points = {name: right[1, labels == i].mean() - right[0, labels == i].mean()
               for i, name in enumerate("abc")}  # fmt: skip
     assert dict(found["classes"]) == pytest.approx(points)
@@ -288,7 +313,7 @@ def test_the_monitor_has_norms_rates_and_guesses_of_each_epoch(digits):
     for i, (share, pred) in enumerate(zip(*(v.tolist() for v in probs.softmax(1).max(1))), 1):
         assert monitor[f"image_{i}"] == data.classes[pred]
         assert monitor[f"confidence_{i}"] == pytest.approx(share, rel=1e-5)
-    shares = part2.firing(training.network, data.valid.images)
+    shares = part2.firing(training.network, data.train.images)
     assert monitor["silent_10"] == shares["10"].count(0) / 64
 
 
@@ -319,6 +344,21 @@ def test_events_are_what_the_monitor_holds(quick, tmp_path):
     assert events.Scalars("accuracy")[-1].value == pytest.approx(metrics["accuracy"])
 
 
+def test_events_of_a_resumed_run_and_of_one_that_replaces_it(quick, tmp_path):
+    accumulators = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    assert run(tmp_path, "--tensorboard", "--epochs", "2") == 0
+    events = ["--tensorboard", "--resume", str(tmp_path), "--epochs", "4"]
+    assert part2.main(events) == 0
+
+    def steps():
+        found = accumulators.EventAccumulator(str(tmp_path / "tensorboard"))
+        return [event.step for event in found.Reload().Scalars("gradient/4")]
+
+    assert steps() == [1, 2, 3, 4]
+    assert run(tmp_path, "--tensorboard", "--epochs", "1", "--seed", "5", "--overwrite") == 0
+    assert steps() == [1]
+
+
 def test_without_tensorboard_one_line_names_the_package(quick, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorboard", None)
     assert run(tmp_path / "out", "--tensorboard") == 2
@@ -329,7 +369,7 @@ def test_without_tensorboard_one_line_names_the_package(quick, tmp_path, capsys,
 def test_a_bar_shows_the_share_done_and_the_time_left():
     text = part2.utils.progress_bar(25, 100, 10.0)
     assert text == "[#####...............]  25%, 30 s left"
-    assert part2.utils.progress_bar(25, 100, 10.0, 300).endswith("30 s left, 150 s in all")
+    assert part2.utils.progress_bar(25, 100, 10.0, 300).endswith("30 s left, 150 s to the end")
 
 
 # ------------------------------------------------------------------------------ figures
@@ -358,14 +398,19 @@ def test_figures_name_ties_and_show_no_empty_percentages(result):
     )
 
 
-def test_the_curves_say_why_validation_lies_above_training(trained, result):
+def test_the_curves_say_how_training_is_measured(trained, result):
     kept = trained.network.kept
     assert kept["val_accuracy"] > kept["train_accuracy"]
-    (title,) = [t for t in shown(part2.plot_history(plt, result)) if t.startswith("digits")]
-    assert "training lies lower, since augmentation and dropout act on it alone" in title
-    plain = replace(trained.network.settings, dropout=0.0, crop_padding=0, flip="none")
-    assert part2.handicap(plain) == ""
-    network = replace(trained.network, settings=plain)
+    for changes, text in (
+        ({}, "while it learns, with augmentation and dropout"),
+        ({"dropout": 0.0, "crop_padding": 0}, "while it learns"),  # digits are never mirrored
+    ):
+        settings = replace(trained.network.settings, **changes)
+        network = replace(trained.network, settings=settings)
+        texts = shown(part2.plot_history(plt, replace(result, networks=[network])))
+        assert [each for each in texts if each.endswith(text)]
+    (row,) = trained.network.history[-1:]
+    network = replace(trained.network, history=[row | {"epoch": 1, "train_accuracy": 1.0}])
     texts = shown(part2.plot_history(plt, replace(result, networks=[network])))
     assert not [text for text in texts if "lies lower" in text]
 
@@ -388,28 +433,93 @@ def test_mistakes_are_the_most_confident_ones(result):
     assert f": {sure[0]:.0%}\n" in texts[0] and len(texts) >= len(wrong[:20])
 
 
-def test_all_figures_are_drawn_without_a_mistake_and_on_the_digits_of_one_class(
-    digits, result, tmp_path
-):
-    probs = np.eye(10, dtype=np.float32)[result.labels]
-    metrics = {
-        name: metric(result.labels, probs, digits.classes)
-        for name, metric in part2.METRICS.items()
+@pytest.mark.parametrize("right", [True, False])
+def test_figures_of_a_network_that_is_always_or_never_right(digits, result, capsys, right):
+    probs = np.eye(10, dtype=np.float32)[(result.labels + (not right)) % 10]
+    found = {
+        k: metric(result.labels, probs, digits.classes) for k, metric in part2.METRICS.items()
     }
-    right = replace(result, probs=probs, each=[probs], metrics=result.metrics | metrics)
-    part2.utils.draw_figures(part2.FIGURES, right, tmp_path)
-    names = {path.stem for path in tmp_path.iterdir()}
-    assert names == set(part2.FIGURES) - {"08_mistakes"}
+    changed = replace(result, probs=probs, each=[probs], metrics=result.metrics | found)
+    figures = {name: plot(plt, changed) for name, plot in part2.FIGURES.items()}
+    plt.close("all")
+    assert [k for k, figure in figures.items() if not figure] == ["08_mistakes"] * right
+    part2.report(changed)
+    assert "-0.0" not in capsys.readouterr().out
+    title = "digits: 100.0% overall; all classes alike" if right else "digits: 0.0% overall"
+    assert any(text.startswith(title) for text in shown(figures["05_per_class"]))
 
 
-def test_average_networks_have_figures_too(quick, few_digits, tmp_path):
-    data = set_aside(few_digits, "val")
-    with quick_runs(few_digits):
-        for seed in "12":
-            assert run(tmp_path / seed, "--seed", seed, "--epochs", "1") == 0
-    networks = [part2.load_network(tmp_path / seed) for seed in "12"]
-    result = part2.evaluate(networks, data)
-    part2.report(result)
-    for plot in (part2.plot_history, part2.plot_monitor, part2.plot_grad_cam):
-        assert plot(plt, result) is not None
-    assert asdict(networks[0].settings)["seed"] == 1
+def test_networks_of_all_kinds_can_be_looked_into(quick, few_digits, monkeypatch, tmp_path):
+    class Odd(nn.Module):
+        """Two channels, a recurrent layer that returns a pair, one that learns nothing."""
+
+        def __init__(self):
+            super().__init__()
+            self.first, self.conv = nn.Conv2d(3, 2, 1), nn.Conv2d(2, 4, 8, stride=8)
+            self.unused, self.gru = nn.Linear(2, 2), nn.GRU(16, 10, batch_first=True)
+
+        def forward(self, images):
+            return self.gru(self.conv(self.first(images)).flatten(2))[0][:, -1]
+
+    for name, build in (
+        ("odd", lambda dropout, classes: Odd()),
+        ("bare", lambda dropout, classes: nn.Sequential(nn.Flatten(), nn.BatchNorm1d(3072),
+                                                         nn.AdaptiveAvgPool1d(classes))),
+    ):  # fmt: skip
+        monkeypatch.setitem(part2.MODELS, name, build)
+        monkeypatch.setattr(part2, "FIGURES", FIGURES)
+        folder = tmp_path / name
+        assert run(folder, "--model", name, "--epochs", "1") == 0
+        assert (folder / "10_activations.png").exists() == (name == "odd")
+    assert float(read_table(tmp_path / "odd" / "monitor.csv")[0]["gradient_unused"]) == 0
+
+
+def test_of_several_networks_only_what_all_share_is_drawn(quick, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(part2, "FIGURES", FIGURES)
+    for seed in "12":
+        assert run(tmp_path / seed, "--seed", seed, "--epochs", "1") == 0
+    capsys.readouterr()
+    runs = [str(tmp_path / seed) for seed in "12"]
+    out = ["--output-dir", str(tmp_path / "both")]
+    assert part2.main(["--evaluate", *runs, *EVALUATE, *out]) == 0
+    names = {path.stem for path in (tmp_path / "both").glob("*.png")}
+    assert names == {name for name, plot in FIGURES.items() if plot not in part2.OF_ONE_NETWORK}
+    assert "never fire" not in capsys.readouterr().out
+
+
+# -------------------------------------------------------------------- what is stored
+
+
+def test_an_evaluation_of_a_folder_knows_all_epochs(quick, tmp_path):
+    assert run(tmp_path, "--lr", "0.02", "--epochs", "5") == 0
+    network = part2.load_network(tmp_path)
+    network = replace(network, history=network.history[:2])
+    shares = [row["val_accuracy"] for row in part2.kept_network(tmp_path).history]
+    assert len(shares) == 5
+    assert part2.main(["--evaluate", str(tmp_path), *EVALUATE]) == 0
+    first, again = (
+        json.loads((folder / "metrics.json").read_text())
+        for folder in (tmp_path, tmp_path / "evaluation")
+    )
+    assert again["train_seconds"] == first["train_seconds"]
+    assert again["best_epoch"] == first["best_epoch"]
+
+
+@pytest.mark.parametrize("change", ["empty", "no monitor", "temperature 0", "eval_accuracy"])
+def test_a_history_of_another_version_is_refused_in_one_line(whole, tmp_path, capsys, change):
+    for name in ("best.pt", "last.pt"):
+        stored = part2.utils.load_checkpoint(whole / name)
+        for row in stored["history"]:
+            row |= {"temperature": 0.0} if change == "temperature 0" else {}
+            if change == "no monitor":
+                del row["monitor"]
+            if change == "eval_accuracy":
+                row["eval_accuracy"] = row.pop("val_accuracy")
+        stored["history"] = stored["history"] * (change != "empty")
+        del stored["format"], stored["digest"]
+        part2.utils.save_checkpoint(tmp_path / name, **stored)
+    (tmp_path / "metrics.json").write_text("{}")
+    with quick_runs(part2.load_digits()):
+        for option in ("--evaluate", "--resume"):
+            assert part2.main([option, str(tmp_path)]) == 2
+            assert "history" in error_line(capsys)
