@@ -201,15 +201,6 @@ def test_a_checkpoint_without_a_number_of_classes_has_ten():
     assert model.eval()(torch.zeros(1, 3, 32, 32)).shape == (1, 10)
 
 
-def test_a_checkpoint_without_a_temperature_is_refused_in_a_line(shades_run, tmp_path, capsys):
-    stored = utils.load_checkpoint(shades_run / "best.pt")
-    for row in stored["history"]:
-        del row["temperature"]
-    utils.save_checkpoint(tmp_path / "best.pt", **stored)
-    assert part2.main(["--export", str(tmp_path)]) == 2
-    assert "temperature" in error_line(capsys)
-
-
 def test_a_constant_channel_is_trained_on_too(tmp_path, monkeypatch):
     monkeypatch.setattr(part2, "FIGURES", {})
     for name in ("a", "b"):
@@ -409,7 +400,7 @@ def checkpoint(folder, preset, data, **change):
     torch.manual_seed(0)
     model = part2.build_model(part2.config_of(settings, data.classes))
     about = data.classes, data.mean, data.std, data.mirror
-    history = [{"val_accuracy": 0.5, "val_loss": 1.0, "epoch": 1, "temperature": 1.7}]
+    history = [dict.fromkeys(part2.HISTORY, 0.5) | {"epoch": 1, "temperature": 1.7}]
     network = part2.Network(model, settings, *about, history)
     with torch.no_grad():
         logits = part2.predict(
