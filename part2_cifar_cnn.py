@@ -1954,7 +1954,7 @@ def plot_activations(plt, result, columns=10):
         for axes in line:
             axes.set_axis_off()
         line[0].text(-0.1, 0.5, text, ha="right", va="center", transform=line[0].transAxes)
-    axes, title = below(figure, grid), "without ReLU, every unit is heard"
+    axes, title = below(figure, grid), "without ReLU no unit is silent"
     if result.firing:
         layer, shares = max(result.firing.items(), key=lambda item: item[1].count(0))
         axes.bar(range(len(shares)), sorted(shares, reverse=True), color=utils.BLUE)
@@ -2164,10 +2164,21 @@ def parse_arguments(argv):
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    for option in fields(Settings):
-        how = {key: value for key, value in option.metadata.items() if key != "augment"}
-        how["help"] += f" (default: {option.default})"
-        parser.add_argument(utils.option(option.name), default=argparse.SUPPRESS, **how)
+    add_options(parser)
+    a = parser.parse_args(argv)
+    a.show = a.show and utils.can_show()
+    a.given = {f.name: getattr(a, f.name) for f in fields(Settings) if hasattr(a, f.name)}
+    a.folder = a.output_dir if a.resume in (None, True) else a.resume
+    check_arguments(a)
+    return a
+
+
+def add_options(parser):
+    """Add the settings, and what else a run may be asked for."""
+    for setting in fields(Settings):
+        how = {key: value for key, value in setting.metadata.items() if key != "augment"}
+        how["help"] += f" (default: {setting.default})"
+        parser.add_argument(utils.option(setting.name), default=argparse.SUPPRESS, **how)
     add, path = parser.add_argument, {"type": utils.user_path}
     add("--data-dir", **path, default=Path("data"), help="folder of CIFAR-10 (default: data)")
     text = "where to write (default: outputs/part2, with the preset, data set and seed if changed)"
@@ -2178,34 +2189,33 @@ def parse_arguments(argv):
     one_of("--resume", **path, nargs="?", const=True, metavar="FOLDER", help=text)
     text = "judge finished runs: one alone, two also compared, several averaged"
     one_of("--evaluate", **path, nargs="+", metavar="RUN", help=text)
-    text = "with --evaluate: the images to judge on (default: test)"
-    add("--split", choices=SPLITS, help=text)
-    text = "also write what monitor.csv holds, and more, for TensorBoard"
-    add("--tensorboard", action="store_true", help=text)
+    add("--split", choices=SPLITS, help="with --evaluate: images to judge on (default: test)")
     text = "say what pictures, or all those in a folder, show"
     one_of("--predict", **path, nargs="+", metavar="PICTURE", help=text)
-    text = "write a network, of a run's folder or a file, as model.pt2 and model.onnx"
-    one_of("--export", **path, metavar="RUN", help=text)
     text = "network of --predict, a file or the folder of a run (default: outputs/part2)"
     add("--checkpoint", **path, help=text)
+    text = "write a network, of a run's folder or a file, as model.pt2 and model.onnx"
+    one_of("--export", **path, metavar="RUN", help=text)
+    text = "also write what monitor.csv holds, and more, for TensorBoard"
+    add("--tensorboard", action="store_true", help=text)
     add("--show", action="store_true", help="also show the figures in windows")
-    a = parser.parse_args(argv)
-    a.show = a.show and utils.can_show()
-    a.given = {f.name: getattr(a, f.name) for f in fields(Settings) if hasattr(a, f.name)}
-    a.folder = a.output_dir if a.resume in (None, True) else a.resume
-    if a.output_dir and a.folder.resolve() != a.output_dir.resolve():
-        raise UserError("--resume FOLDER writes into that folder: leave --output-dir out")
+
+
+def check_arguments(a):
+    """Refuse options that do not go together or have no effect."""
     finished, free = a.evaluate or a.predict or a.export, set() if a.export else MACHINE
-    if finished and set(a.given) - free:
-        raise UserError("a finished run keeps its settings: leave other options out")
-    if a.checkpoint and not a.predict:
-        raise UserError("--checkpoint is for --predict: leave it out")
-    if a.split and not a.evaluate:
-        raise UserError("--split is for --evaluate: leave it out")
-    if a.tensorboard and (finished or not find_spec("tensorboard")):
-        what = "is for training" if finished else "needs the package tensorboard: install it"
-        raise UserError(f"--tensorboard {what}, or leave it out")
-    return a
+    elsewhere = a.output_dir and a.folder.resolve() != a.output_dir.resolve()
+    absent = a.tensorboard and not find_spec("tensorboard")
+    for wrong, text in (
+        (elsewhere, "--resume FOLDER writes into that folder: leave --output-dir out"),
+        (finished and {*a.given} - free, "a finished run has its settings: leave others out"),
+        (a.checkpoint and not a.predict, "--checkpoint is for --predict: leave it out"),
+        (a.split and not a.evaluate, "--split is for --evaluate: leave it out"),
+        (a.tensorboard and finished, "--tensorboard is for training: leave it out"),
+        (absent, "--tensorboard needs the package tensorboard: install it, or leave this out"),
+    ):
+        if wrong:
+            raise UserError(text)
 
 
 def flags_text(change):

@@ -340,8 +340,8 @@ def test_nothing_to_predict_is_an_error(shades_run, tmp_path, capsys):
 @pytest.mark.parametrize(
     "options, named",
     {
-        "--predict x --lr 1": "leave other options out",
-        "--export x --threads 1": "leave other options out",
+        "--predict x --lr 1": "leave others out",
+        "--export x --threads 1": "leave others out",
         "--checkpoint x": "is for --predict",
         "--predict x --tensorboard": "is for training",
         "--predict x --resume": "not allowed with",
