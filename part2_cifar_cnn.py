@@ -1884,6 +1884,7 @@ def plot_mistakes(plt, result, columns=10):
     if not len(wrong):
         return None
     wrong = wrong[np.argsort(-result.sure[wrong], kind="stable")]
+    columns = columns if len(wrong) > columns else 5
     rows = [wrong[:columns], wrong[columns : 2 * columns]]
     wrong = wrong[2 * columns :]
     for first, second, _ in result.metrics["confused_pairs"]:

@@ -204,7 +204,7 @@ def trained(preset, change, seed, here, data, runs):
         raise UserError(f"delete {folder} to make this run again: {error}") from error
     except KeyboardInterrupt:
         raise Interrupted("what is trained is saved; the same command continues") from None
-    network = part2.kept_network(training, folder)
+    network = part2.kept_network(folder, training)
     return replace(network, settings=replace(settings, tta=flags.get("tta", plain.tta)))
 
 

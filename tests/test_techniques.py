@@ -3,6 +3,7 @@
 import copy
 import math
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import bench_part2
 import matplotlib.pyplot as plt
@@ -323,13 +324,16 @@ def test_the_training_curves_have_a_line_for_each_network(data):
         [row | {"epoch": i, "train_loss": loss} for i in (1, 2, 3)] for loss in (2.0, 1.0)
     ]
     network = network_with(None, data)
-    networks = [replace(network, history=history) for history in histories]
-    result = part2.Result(networks, data, "test", {"accuracy": 0.5}, None, None, None)
+    networks = [
+        replace(network, history=history, path=Path(run, "best.pt"))
+        for run, history in zip("ab", histories)
+    ]
+    result = part2.Result(networks, data, "test", {"accuracy": 0.5}, None, None, None, {})
     figure = part2.plot_history(plt, result)
     lines = figure.axes[0].get_lines()[::2]  # the others mark the epoch that is kept
     assert [list(line.get_xdata()) for line in lines] == [[1, 2, 3]] * 2
     assert [list(line.get_ydata()) for line in lines] == [[2.0] * 3, [1.0] * 3]
-    labels = ["training (with augmentation and dropout)", "epoch that is kept"]
+    labels = ["a: training", "b: training"]
     assert figure.axes[0].get_legend_handles_labels()[1] == labels
     short = [replace(network, history=histories[0][:1])]
     figure = part2.plot_history(plt, replace(result, networks=short))

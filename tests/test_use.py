@@ -400,7 +400,7 @@ def checkpoint(folder, preset, data, **change):
     torch.manual_seed(0)
     model = part2.build_model(part2.config_of(settings, data.classes))
     about = data.classes, data.mean, data.std, data.mirror
-    history = [dict.fromkeys(part2.HISTORY, 1.0) | {"epoch": 1, "temperature": 1.7}]
+    history = [dict.fromkeys(part2.HISTORY, 0.5) | {"epoch": 1, "temperature": 1.7}]
     network = part2.Network(model, settings, *about, history)
     with torch.no_grad():
         logits = part2.predict(
