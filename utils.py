@@ -1316,6 +1316,12 @@ def export_function(function, model, images, expected, about, folder):
     _check_export("model.pt2", torch.export.load(file).module(), images, expected)
     write_bytes(folder / "model.pt2", file.getvalue())
     say("  model.pt2")
+    _export_onnx(program, images, expected, about, folder)
+
+
+def _export_onnx(program, images, expected, about, folder):
+    import torch
+
     try:
         import onnx
         import onnxscript  # noqa: F401
