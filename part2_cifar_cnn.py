@@ -4,9 +4,9 @@
     python part2_cifar_cnn.py --dataset digits         the same in seconds, without a download
     python part2_cifar_cnn.py --preset tuned           a better recipe, flag by flag
     python part2_cifar_cnn.py --resume FOLDER          continue a run that was interrupted
+    python part2_cifar_cnn.py --evaluate RUN RUN ...   judge, compare and average finished runs
     python part2_cifar_cnn.py --predict PICTURE ...    say what own pictures show
     python part2_cifar_cnn.py --export RUN             a file that runs without this script
-    python part2_cifar_cnn.py --evaluate RUN RUN ...   average finished runs
 
 The default network has two convolutions, BatchNorm, dropout and 282,442 parameters. With
 seed 42 its ten epochs take 74 s on two CPU cores that compute in bfloat16 and reach 69.88%
@@ -14,11 +14,12 @@ on the test images. It trains on CUDA where there is one, else on the CPU. The e
 best on 5,000 validation images is kept; the test images are used once, at the end.
 
 Each run has a folder: best.pt (the network), last.pt (what --resume continues from),
-config.json, history.csv, metrics.json, test_scores.csv and the figures 01_... to 05_...png.
+config.json, history.csv, monitor.csv, metrics.json, test_scores.csv and the figures 01_... to
+11_...png.
 
 The story comes first: main, 1 machine and data, 2 the network, 3 training, 4 evaluation. What
-it uses follows: data sets, augmentations, more networks, optimizers, 5 to 7 the report, 8 files,
-figures, own pictures, export, options.
+it uses follows: data sets, augmentations, more networks, optimizers, looking inside, 5 to 8 the
+report, 9 files, figures, own pictures, export, options.
 """
 
 import argparse
@@ -1412,7 +1413,7 @@ def tell_suggestions(rows):
         say(f"  {gain:<12} {float(row['seconds']):>6.0f} s  {row['flags']}{elsewhere}")
 
 
-# %% 8. Files
+# %% 9. Files
 
 MACHINE = {"device", "precision", "threads"}  # settings that may change within a run
 
@@ -2113,7 +2114,7 @@ class Settings:
         "auto: CIFAR-10, or the digits if it cannot be had; or a folder with train/CLASS/*",
     )
     select_on: str = flag(
-        "val", CHOSEN, "what chooses the epoch: held-out or test images, or none"
+        "val", CHOSEN, "what chooses the epoch: validation or test images, or none"
     )
     # network
     model: str = flag("small", MODELS, "network; wide is strong with up to twice the filters")
