@@ -68,7 +68,7 @@ class Result:
     cases: utils.Cases
     choice: Choice
     curve: Counts  # at no more than 2,000 of the distinct scores: a curve needs no more
-    bars: Counts  # at 61 evenly spaced scores and the chosen threshold
+    bars: Counts  # at evenly spaced scores, counted from the chosen threshold
     columns: dict  # what thresholds.csv holds: (T,) each
     reliability: dict | None  # isotonic curve, where the scores are probabilities
     bands: dict  # 95% band of each metric that is drawn: (2, T)
@@ -124,8 +124,7 @@ def analyse(cases, objective, *, exact=False, given=None, test=None, share=0.5, 
     }
     rows = [*quantiles(every.tp, 1000), *quantiles(every.tp + every.fp, 1000)]
     curve = every[np.unique([*rows, every.threshold.size - 1])]
-    edges = np.append(np.linspace(*every.threshold[[0, -1]], 61), best_row.threshold)
-    bars = every.at(np.unique(edges.astype(cases.scores.dtype)))
+    bars = every.at(bin_edges(every, best_row.threshold.item()), cases.scores.dtype)
     shape = utils.reliability(*by_score(every), seed) if every.probabilities else None
     return Result(cases, choice, curve, bars, columns, shape, drawn["bands"], summary)
 
@@ -247,17 +246,22 @@ class Counts:
         tp, fp = self.tp[..., index], self.fp[..., index]
         return replace(self, threshold=self.threshold[index], tp=tp, fp=fp)
 
+    @np.errstate(over="ignore")  # beyond single precision nobody is called
     def at(self, thresholds, dtype=float):
         """The counts at any thresholds, compared in the scores' precision: float32(0.3) is 0.3."""
         index = np.searchsorted(self.threshold, thresholds.astype(dtype))
         return replace(self[index.clip(max=self.threshold.size - 1)], threshold=thresholds)
 
     def at_prevalence(self, share):
-        """The same tpr and fpr where this share is positive; the counts become shares."""
-        if share is None:
-            return self
-        tp, fp = self.tpr * share, self.fpr * (1 - share)
-        return replace(self, tp=tp, fp=fp, pos=share, neg=1 - share)
+        """The same tpr and fpr where this share is positive; the counts become shares.
+
+        Always in floats, since a metric's product of counts can exceed 64 bits.
+        """
+        found = self.tp, self.fp, self.pos, self.neg
+        if share is not None:
+            found = self.tpr * share, self.fpr * (1 - share), share, 1 - share
+        tp, fp, pos, neg = (np.asarray(each, float) for each in found)
+        return replace(self, tp=tp, fp=fp, pos=pos, neg=neg)
 
     def cells(self):
         """How many cases of each class lie between the thresholds; shape (2, T + 1)."""
@@ -274,7 +278,8 @@ class Counts:
 def count_every_score(cases, objective):
     """Counts at every distinct score and, last, just above the highest: nobody is positive."""
     labels, scores, counts = cases[:3]
-    top = np.nextafter(scores.max(), np.inf, dtype=scores.dtype)
+    # Above 0 the next float would be 5e-324.
+    top = np.nextafter(scores.max(), np.inf, dtype=scores.dtype) if scores.max() else 0.001
     threshold = np.add(np.append(scores, top), 0.0, dtype=np.float64)  # -0.0 becomes 0.0
     ordered = threshold[:-1]  # a view, sorted in place
     probabilities = ordered.min() >= 0 and ordered.max() <= 1 and not objective.lower_is_positive
@@ -406,24 +411,23 @@ def f_beta(c, beta):
 
 
 def matthews(c):
-    """Matthews correlation; in floats, since a product of counts can exceed 64 bits."""
-    scale = np.sqrt(1.0 * (c.tp + c.fp) * c.pos) * np.sqrt(1.0 * (c.tn + c.fn) * c.neg)
-    return ratio(1.0 * c.tp * c.tn - 1.0 * c.fp * c.fn, scale)
+    """Matthews correlation."""
+    scale = np.sqrt((c.tp + c.fp) * c.pos) * np.sqrt((c.tn + c.fn) * c.neg)
+    return ratio(c.tp * c.tn - c.fp * c.fn, scale)
 
 
 def kappa(c):
     """Cohen's kappa, as agreement over what chance leaves room for."""
-    chance = 1.0 * (c.tp + c.fp) * c.neg + 1.0 * (c.fn + c.tn) * c.pos
-    return ratio(2.0 * (c.tp * c.tn - 1.0 * c.fp * c.fn), chance)
+    chance = (c.tp + c.fp) * c.neg + (c.fn + c.tn) * c.pos
+    return ratio(2 * (c.tp * c.tn - c.fp * c.fn), chance)
 
 
 def net_benefit(c):
-    """Vickers and Elkin 2006: a false alarm weighs t / (1 - t) of a hit."""
+    """Vickers and Elkin 2006: a false alarm weighs t / (1 - t) of a hit, 0 <= t < 1."""
     if not c.probabilities:
         return np.full(c.tp.shape, np.nan)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        odds = c.threshold / (1 - c.threshold)
-        return (c.tp - np.where(c.fp > 0, c.fp * odds, 0)) / c.n
+    t = np.where((c.threshold >= 0) & (c.threshold < 1), c.threshold, np.nan)
+    return np.where(c.tp + c.fp > 0, (c.tp - c.fp * (t / (1 - t))) / c.n, 0)
 
 
 METRICS = {
@@ -525,6 +529,9 @@ def choose(cases, objective, given=None, test=None, seed=0):
     if test is not None:  # the thresholds stay; every number is that of the other cases
         cases, every = test, count_every_score(test, objective)
         table = every.at(table.threshold, test.scores.dtype)
+    if np.isnan(goodness(table[chosen], objective)):
+        text = f"{objective.metric} has no value at {objective.orient * table.threshold[chosen]:g}"
+        raise UserError(f"{text} among these scores: give another --metric or threshold")
     fixed, clusters = given is not None or test is not None, split_groups(cases, table)
     choice = Choice(table, objective, chosen, seed, fixed, fixed or allowed, clusters)
     return choice, cases, every, kind
@@ -768,6 +775,7 @@ def tell_trade_off(result):
 
 
 # %% 4. How certain this is
+@np.errstate(over="ignore")
 def split_groups(cases, table):
     """Cells of each group, shape (G, 2, T + 1); those beyond 2,000 are joined to others."""
     if cases.groups is None:
@@ -804,14 +812,21 @@ def draw(choice, *cuts):
     return drawn, np.where(values.max(-1) > -np.inf, middle_best(values), choice.chosen)
 
 
-def luck(drawn, seen, picks, chosen):
-    """By how much choosing and scoring on the same cases flatters a metric.
+def evaluate(choice, metric, drawn, picks):
+    """A metric in the drawn tables, as it was seen, and by how much luck flatters it.
 
     Harrell, Lee and Mark (1996): the threshold picked in each drawn table, there and by the
-    counts ``seen``; both beside the chosen threshold, whose own excess is chance.
+    counts seen; both beside the chosen threshold, whose own excess is chance. What was
+    optimised can only be flattered. Where a drawn table has no value, what was seen stands.
     """
-    there = drawn[np.arange(picks.size), picks] - drawn[:, chosen]
-    return there.mean() - (seen[picks] - seen[chosen]).mean()
+    objective, chosen = choice.objective, choice.chosen
+    draws, seen = (measure(metric, counts, objective) for counts in (drawn, choice.table))
+    draws = np.where(np.isnan(draws), seen, draws)
+    there = draws[np.arange(picks.size), picks] - draws[:, chosen]
+    lucky = there.mean() - (seen[picks] - seen[chosen]).mean()
+    if metric == objective.metric:
+        lucky = objective.sign * max(objective.sign * lucky, 0)
+    return draws, seen, lucky
 
 
 def ends(draws, seen, lucky, low=-np.inf, high=np.inf):
@@ -834,10 +849,10 @@ def certainty(choice):
     drawn, picks = draw(choice, chosen)
     found = {"intervals": {}, "luck": {}, "bands": {}, "limits": {}}
     thresholds = np.quantile(table.threshold[picks], LEVELS, method="inverted_cdf")
-    found["intervals"]["threshold"] = np.sort(objective.orient * thresholds)
+    found["intervals"]["threshold"] = np.sort(objective.orient * thresholds + 0.0)  # no -0.0
     for metric in dict.fromkeys([objective.metric, *RATES, *CURVES, *COMPARED]):
-        draws, seen = measure(metric, drawn, objective), measure(metric, table, objective)
-        lucky, at = luck(draws, seen, picks, chosen), draws[:, chosen]
+        draws, seen, lucky = evaluate(choice, metric, drawn, picks)
+        at = draws[:, chosen]
         found["intervals"][metric] = ends(at, seen[chosen], lucky, draws.min(), draws.max())
         found["luck"][metric] = lucky
         found["bands"][metric] = np.quantile(draws, LEVELS, axis=0)
@@ -854,10 +869,10 @@ def gain_over(choice, other):
     Where no threshold is better than another, the drawn tables, which take the counts for the
     truth, show 1 / sqrt(2) of the luck: the interval allows for all of it.
     """
-    objective, chosen = choice.objective, choice.chosen
-    drawn, picks = draw(choice, chosen, other)
-    draws, seen = goodness(drawn, objective), goodness(choice.table, objective)
-    lucky, value = luck(draws, seen, picks, chosen), seen[chosen] - seen[other]
+    chosen, metric, sign = choice.chosen, choice.objective.metric, choice.objective.sign
+    found = evaluate(choice, metric, *draw(choice, chosen, other))
+    draws, seen, lucky = (sign * each for each in found)
+    value = seen[chosen] - seen[other]
     interval = ends(draws[:, chosen] - draws[:, other], value, np.sqrt(2) * lucky)
     if chosen == other:
         lucky, interval = 0.0, np.zeros(2)
@@ -1051,6 +1066,16 @@ def save(result, folder):
         cases = {"y_true": result.cases.labels.astype(int), "y_score": result.cases.scores}
         utils.write_csv(folder / "scores.csv", cases)
         say("  scores.csv")
+
+
+def bin_edges(every, threshold):
+    """Edges of 60 bins or so, one at the threshold: a sliver beside it would be a spike."""
+    low, high = every.threshold[[0, -1]]
+    width = (high - low if every.threshold.size > 2 else max(abs(high), 1)) / 60
+    if not low - width <= threshold <= high + width:
+        threshold = low
+    first, last = np.floor((low - threshold) / width), np.ceil((high - threshold) / width)
+    return threshold + width * np.arange(min(first, 0), max(last, 0) + 1)
 
 
 CURVES = ("precision", "recall", "f1")  # of the second figure

@@ -715,6 +715,9 @@ def _find_counts(table, name):
     counts, text = table.numbers(name), table.columns[name]
     bad = ~((counts >= 0) & (counts == np.floor(counts)) & (counts < 2**53))
     table.refuse(bad, f"no whole number of cases in {name}", text, "round or remove them")
+    if (total := counts.sum(dtype=float)) >= 2**53:  # where floats begin to skip numbers
+        what = f"{total:.3g} cases in {name} are more than 9e15, which can be counted exactly"
+        raise UserError(f"{table.path}: {what}: give fewer")
     return counts.astype(np.int64)
 
 

@@ -7,6 +7,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -181,11 +182,23 @@ def test_cost_net_benefit_and_alert_rate_equal_their_formulas():
         assert at_10["net_benefit"][i] == pytest.approx(expected, abs=1e-15)
 
 
-def test_net_benefit_at_the_threshold_1_is_that_of_the_hits():
-    """The odds are infinite there, but of no false alarm."""
-    every = count(np.array([True, False]), np.array([1.0, 0.5]))
-    assert_array_equal(every.threshold, [0.5, 1, np.nextafter(1, 2)])
-    assert_array_equal(measure("net_benefit", every, Objective()), [0, 0.5, 0])
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("threshold", [-0.5, 1, 1.5])
+def test_net_benefit_has_a_value_below_1_and_where_nobody_is_called(tmp_path, capsys, threshold):
+    """The odds of other thresholds are infinite or negative."""
+    labels, scores = np.array([True, False, False]), np.array([1.0, 0.5, 0.0])
+    every = count(labels, scores)
+    assert_array_equal(every.threshold, [0, 0.5, 1, np.nextafter(1, 2)])
+    assert_array_equal(measure("net_benefit", every, Objective()), [1 / 3, 0, np.nan, 0])
+    path = write_npz(tmp_path / "s.npz", labels, scores)
+    options = ["--metric", "net_benefit", "--threshold", threshold, "--scores", path]
+    if threshold <= 1:
+        assert f"no value at {threshold}" in assert_refused(tmp_path, capsys, *options)
+    if threshold >= 1:  # of which no case is part any more
+        write_npz(path, labels, 0.9 * scores)
+        best = run(tmp_path / "out", *options)[0]["best"]
+        assert best["value"] == 0 and best["value_interval"] == [0, 0]
+        assert "inf" not in printed(capsys)
 
 
 def test_f_beta_at_1_is_f1_and_at_its_limits_precision_and_recall():
@@ -194,11 +207,16 @@ def test_f_beta_at_1_is_f1_and_at_its_limits_precision_and_recall():
         assert_allclose(found["f_beta"], found[metric], atol=1e-9)
 
 
-@pytest.mark.parametrize("metric, expected", [("mcc", 0.5), ("cohen_kappa", 0.5), ("f1", 0.75)])
-def test_metrics_do_not_overflow_at_4_billion_cases_a_class(metric, expected):
-    n = 4_000_000_000
-    counts = Counts(np.array([0.5]), np.array([3 * n // 4]), np.array([n // 4]), n, n)
-    assert measure(metric, counts, Objective()) == pytest.approx([expected])
+@pytest.mark.parametrize("metric", METRICS)
+def test_no_metric_overflows_where_a_row_stands_for_a_billion_cases(metric):
+    labels, scores = sample(400)
+    few, many = (
+        count_every_score(Cases(labels, scores, np.full(400, n)), Objective()) for n in (1, 10**9)
+    )
+    expected = measure(metric, few, Objective())
+    assert_allclose(measure(metric, many, Objective()), expected, rtol=1e-12, atol=1e-12)
+    arrays = replace(many, pos=np.array([many.pos]), neg=np.array([many.neg]))  # as of a hold-out
+    assert_allclose(measure(metric, arrays, Objective()), expected, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("decimals", [None, 1])
@@ -881,6 +899,7 @@ def test_the_outcomes_are_split_at_the_threshold(dtype, threshold):
     edges = {patch.get_label().split(":")[0]: patch.get_data().edges for patch in axes.patches}
     for name, end in ("misses", -1), ("correct rejections", -1), ("hits", 0), ("false alarms", 0):
         assert edges[name][end] == pytest.approx(threshold, abs=1e-6), name
+        assert np.diff(edges[name]).min() > 1 / 80, name  # a sliver would be a spike
 
 
 def test_scores_outside_0_1_have_no_reliability(tmp_path, monkeypatch):
@@ -1146,6 +1165,46 @@ def test_a_given_threshold_is_judged_and_not_flattered(tmp_path, capsys):
     assert summary["gain"]["corrected"] == summary["gain"]["value"] and not summary["holdout"]
     assert summary["chosen_by"] == "given" and "In 2,000" not in printed(capsys)
     assert 0.4321 in table["threshold"]
+
+
+@pytest.mark.parametrize("metric", ["f1", "cost"])
+def test_what_was_optimised_is_only_flattered_by_luck(metric):
+    """A limit on the alerts makes some drawn tables choose a worse threshold."""
+    seen = []
+    for seed in range(20):
+        labels, scores = sample(200, seed)
+        objective = Objective(metric, fn_cost=5, max_alert_rate=0.2)
+        table = table_of(labels, scores, objective)
+        choice = Choice(table, objective, find_best(table, objective), seed)
+        gain = gain_over(choice, HALF)
+        seen += [METRICS[metric].sign * certainty(choice)["luck"][metric]]
+        seen += [gain["value"] - gain["corrected"]]
+    assert min(seen) == 0
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("threshold", [1e300, -1e300])
+def test_a_threshold_beyond_single_precision_calls_nobody_or_everybody(tmp_path, threshold):
+    labels, scores = sample(50, dtype=np.float32)
+    cases = Cases(labels, scores, None, np.arange(50))
+    best = analyse(cases, Objective(), given=threshold).summary["best"]
+    assert (best["tp"], best["fp"]) == (
+        (labels.sum(), (~labels).sum()) if threshold < 0 else (0, 0)
+    )
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("score, sign", [(0.0, 1), (0.0, -1), (0.4, 1), (7.0, 1)])
+def test_nobody_is_a_plain_number_of_scores_that_are_all_equal(
+    tmp_path, capsys, monkeypatch, score, sign
+):
+    monkeypatch.setattr(part1, "FIGURES", FIGURES)
+    path = write_npz(tmp_path / "s.npz", np.arange(9) < 3, np.full(9, score, np.float32))
+    options = ["--lower-is-positive"] if sign < 0 else ["--exact"]
+    summary, _ = run(tmp_path / "out", "--scores", path, "--metric", "accuracy", *options)
+    nobody = summary["best"]["threshold"]
+    assert summary["best"]["tp"] == 0 and 0 < sign * (nobody - score) < 1.001
+    assert not re.search(r"e-\d\d|-0\.0+\b", printed(capsys))
 
 
 def test_a_choice_is_judged_on_the_cases_of_another_file(tmp_path, capsys):

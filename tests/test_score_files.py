@@ -133,6 +133,12 @@ BAD = {  # case: content of a CSV or NPZ file, further arguments, what the error
     "text as NPZ": ("npz", b"no archive", [], ["NPZ"]),
     "no column": ("csv", b"label,y_score,z\n1,0.3,3\n0,.2,4\n", [], ["y_true", "label"]),
     "no array": ("npz", {"a": [0, 1], "b": [0.1, 0.2], "c": [5, 6]}, [], ["y_true", "a, b, c"]),
+    "too many cases": (
+        "csv",
+        COUNTED + b"1,.9,5e15\n0,.1,5e15\n",
+        TIMES,
+        ["1e+16 cases in times", "fewer"],
+    ),
     "no such column": ("csv", ROWS, ["--count-column", "times"], ["times", "y_true"]),
     "two columns": ("csv", b"y_true,y_score,y_score\n1,0.3,0.4\n", [], ["y_score"]),
     "short row": ("csv", HEAD + b"1,0.3\n0\n", [], ["line 3"]),
