@@ -44,14 +44,16 @@ def main(argv=None):
     """Read or simulate scores, find the best threshold, tell the story, save and draw it."""
     a = parse_arguments(argv)
     if a.scores:
-        cases, source, scenario = read(a.scores, a), utils.named(a.test or a.scores), None
+        cases, source, scenario = read(a.scores, a), utils.named(a.scores), None
     else:
         if a.n_samples > 500_000:
             say(f"Simulating and writing {a.n_samples:,} cases, which can take a while.")
         simulated = simulate_scores(a.n_samples, a.positive_rate, a.scenario, a.seed)
         cases, source, scenario = utils.Cases(*simulated), SCENARIOS[a.scenario], a.scenario
     how = {"exact": a.exact, "given": a.threshold, "share": a.holdout, "seed": a.seed}
-    how["test"] = read(a.test, a) if a.test else None
+    if a.test:
+        how |= {"test": read(a.test, a), "chosen_on": {"source": source, "n": cases.n}}
+        source = utils.named(a.test)
     objective = Objective(**{field.name: getattr(a, field.name) for field in fields(Objective)})
     result = analyse(cases, objective, **how, source=source, scenario=scenario)
     folder = utils.output_folder(a.output_dir)
@@ -78,28 +80,40 @@ class Result:
     table = property(lambda self: self.choice.table)
 
     def fill(self, text, **more):
-        """Put numbers of the summary, and ``more``, into a text: ``{best[value]:.4f}``."""
-        return text.format(name=METRICS[self.objective.metric].name, **more, **self.summary)
+        """Put numbers of the summary, and ``more``, into a text: ``{best[value]:{form}}``."""
+        metric, best = self.objective.metric, self.summary["best"]["value"]
+        form = "z.6g" if metric == "cost" else f"z.{decimals(best, 4)}f"
+        return text.format(name=METRICS[metric].name, form=form, **more, **self.summary)
 
     def counts(self, entry):
         """Hits and errors of a row of the table, at the prevalence, of as many cases."""
         n, share = self.summary["n"], self.objective.prevalence
         pos = n * share if share else self.summary["n_positive"]
         tp, tn = entry["recall"] * pos, entry["specificity"] * (n - pos)
-        return {"tp": tp, "fn": pos - tp, "tn": tn, "fp": n - pos - tn}
+        counts = {"tp": tp, "fn": pos - tp, "tn": tn, "fp": n - pos - tn}
+        few = 9.95 if share else 0  # these are estimates
+        return {key: f"{number:,.{int(number < few)}f}" for key, number in counts.items()}
+
+
+def decimals(share, least=3):
+    """How many show two digits of a share near 0, or of what it lacks of 1."""
+    near = min(abs(share), abs(1 - share))
+    return max(least, min(9, 1 - int(np.floor(np.log10(near))))) if near > TOLERANCE else least
+
+
+def shown(value, metric=None):
+    """A share, or a value of the metric, as the tables show it."""
+    if value is None or np.isnan(value):
+        return "-"
+    return f"{value:z.{decimals(value)}f}" if metric != "cost" else f"{value:.6g}"
 
 
 def analyse(cases, objective, *, exact=False, given=None, test=None, share=0.5, seed=0, **about):
     """The Result of a run; nothing is printed, drawn or written.
 
-    Parameters
-    ----------
-    cases, test : utils.Cases
-        What chooses, and what judges the choice (None: the same cases); both classes in each.
-    exact, given, share
-        Of the options --exact, --threshold and --holdout.
-    **about
-        Source and scenario, for the summary.
+    ``cases`` choose and ``test`` judges the choice (None: the same cases), both classes in each.
+    ``exact``, ``given`` and ``share`` are --exact, --threshold and --holdout; ``about`` is what
+    else the summary says of the source.
     """
     choice, cases, every, kind = choose(cases, objective, given, test, seed)
     table, best_row = choice.table, choice.table[[choice.chosen]]
@@ -145,6 +159,11 @@ def narrate(result):
         for paragraph in paragraphs(result):
             tell(paragraph)
         say("")
+
+
+def as_shown(entry):
+    """A row of the table with its rates as they are shown."""
+    return entry | {rate: shown(entry[rate]) for rate in RATES}
 
 
 # %% 1. The scores
@@ -678,7 +697,8 @@ def weigh(gain, loss, n, judged):
     """
     (low, high), corrected = gain["corrected_interval"], gain["corrected"]
     verdict = "pays" if low > 0 and corrected > loss else "cannot_tell"
-    verdict = "does_not_pay" if high < loss else verdict
+    if high < loss or abs(gain["value"]) <= TOLERANCE:  # 0.5 is as good
+        verdict = "does_not_pay"
     end, goal = (low, 0) if corrected > loss else (high, loss)
     needed = n * max(1.1, ratio(end - corrected, goal - corrected) ** 2)
     return gain | {
@@ -700,19 +720,22 @@ def describe_exact(every, cases, best, choice):
 
 CHOSEN_BY = {
     "these cases": "Best threshold for {name}: {best[threshold]}",
-    "other cases": "Threshold {best[threshold]}, chosen on other cases",
+    "other cases": "Threshold {best[threshold]}, chosen on the {chosen_on[n]:,} cases of "
+    "{chosen_on[source]}",
     "given": "Threshold {best[threshold]}, as given",
 }
-VALUE = " ({name} {best[value]:.4f}, 95% interval {best[value_interval][0]:.4f} to "
-VALUE += "{best[value_interval][1]:.4f}). "
-GAIN = "The default 0.5 reaches {default[value]:.4f}. {luck}he gain is estimated at "
-GAIN += "{gain[corrected]:+z.4f} (95% interval {gain[corrected_interval][0]:+z.4f} to "
-GAIN += "{gain[corrected_interval][1]:+z.4f}): "
+VALUE = " ({name} {best[value]:{form}}, 95% interval {best[value_interval][0]:{form}} to "
+VALUE += "{best[value_interval][1]:{form}}). "
+GAIN = "The default 0.5 reaches {default[value]:{form}}. {luck}he gain is estimated at "
+GAIN += "{gain[corrected]:+{form}} (95% interval {gain[corrected_interval][0]:+{form}} to "
+GAIN += "{gain[corrected_interval][1]:+{form}}): "
 VERDICTS = {
     "pays": GAIN + "worth having.",
     "does_not_pay": GAIN + "no reason to leave 0.5.",
-    "cannot_tell": GAIN + "these cases cannot tell whether it pays; roughly {needed:,.0f} could.",
-    "out": "The default 0.5 reaches {default[value]:.4f}, but is ruled out by the limits.",
+    "equal": "The default 0.5 reaches the same: no reason to leave it.",
+    "cannot_tell": GAIN + "these cases cannot tell whether it pays; it may take {needed:,.0f} "
+    "cases or more.",
+    "out": "The default 0.5 reaches {default[value]:{form}}, but is ruled out by the limits.",
     "none": "These scores have no default threshold to compare with.",
     "one_sided": "That is no advice: {name} alone is best where everybody or nobody is called. "
     "Add a limit on another rate.",
@@ -722,15 +745,20 @@ VERDICTS = {
 def headline(result):
     """The result in a few words: value, default, difference, uncertainty, what is as good."""
     summary, objective = result.summary, result.objective
-    gain, best = summary["gain"], summary["best"]["value"]
+    gain, best, default = (summary[key] for key in ("gain", "best", "default"))
     verdict = "none" if gain is None else gain["verdict"] or "out"
+    if verdict == "does_not_pay" and abs(gain["value"]) <= TOLERANCE:
+        verdict = "equal"
     verdict = "one_sided" if objective.one_sided else verdict
-    needed = np.ceil(gain["cases_needed"]) if verdict == "cannot_tell" else 0
-    needed = float(f"{needed:.1e}")  # two digits say what is known
+    # Two digits say what is known.
+    needed = float(f"{np.ceil(gain['cases_needed']):.1e}") if verdict == "cannot_tell" else 0
     text = CHOSEN_BY[summary["chosen_by"]] + VALUE + VERDICTS[verdict]
-    for rule in () if objective.limits or objective.one_sided else RULES:
-        if objective.sign * (best - summary[rule]["value"]) <= summary["small_loss"]:
-            text += f" But calling {rule} reaches {{{rule}[value]:.4f}}."
+    reached = max(objective.sign * found["value"] for found in (best, default or best))
+    simple = [objective.sign * summary[rule]["value"] for rule in RULES]
+    enough = reached - np.nanmax(simple) <= summary["small_loss"]
+    if enough and not (objective.limits or objective.one_sided):
+        rule = RULES[np.nanargmax(simple)]
+        text += f" But calling {rule} reaches {{{rule}[value]:{{form}}}}."
     luck = "T" if result.choice.fixed else "Corrected for the luck of the choice, t"
     return result.fill(text, needed=needed, luck=luck)
 
@@ -739,28 +767,33 @@ def tell_choice(result):
     """The headline, the choices of some metrics, and what the best one does."""
     summary, metric = result.summary, result.objective.metric
     yield headline(result)
-    yield "  best for           threshold   value  precision  recall  specificity"
-    line = "{value:>8.3f}{precision:>11.3f}{recall:>8.3f}{specificity:>13.3f}"
+    yield "  best for           threshold       value  precision  recall  specificity"
+    line = "  {:<18} {threshold:>9} {:>11} {precision:>10} {recall:>7} {specificity:>12}"
     for own in dict.fromkeys([metric, "f1", "youden_j", "balanced_accuracy"]):
         found = summary["by_metric"][own]
-        yield f"  {METRICS[own].name:<18}{found['threshold']:>10}" + line.format(**found)
+        yield line.format(METRICS[own].name, shown(found["value"], own), **as_shown(found))
     for rule in RULES:
-        yield f"  {f'call {rule}: {METRICS[metric].name}':<28}" + line.format(**summary[rule])
+        found = as_shown(summary[rule]) | {"threshold": ""}
+        yield line.format(f"call {rule}", shown(summary[rule]["value"], metric), **found)
     if metric == "cost":
         own, *others = (summary["n"] * summary[key]["value"] for key in ("best", *RULES))
-        yield f"In all it costs {own:,.6g}, and the cheaper of those two {min(others):,.6g}."
+        others = f"calling everybody or nobody costs {min(others):,.6g} or more"
+        yield f"In all it costs {own:,.6g}; {others}."
     if metric == "net_benefit":
         yield "Net benefit compares models, not thresholds: each weighs the errors differently."
     yield result.fill(
-        "At {best[threshold]}: {tp:,.0f} hits, {fp:,.0f} false alarms, {fn:,.0f} misses, "
-        "{tn:,.0f} correct rejections. At any threshold: ROC AUC {roc_auc:.4f}, average precision "
+        "At {best[threshold]}: hits {tp}, false alarms {fp}, misses {fn}, correct rejections "
+        "{tn}. At any threshold: ROC AUC {roc_auc:.4f}, average precision "
         "{average_precision:.4f}.",
         **result.counts(summary["best"]),
     )
-    if summary["table"] == "extended" and not result.objective.confidence:
-        yield "The best ones lie outside the usual table, so scores of positives were added to it."
+    inside = 0.1 <= summary["best"]["threshold"] <= 0.9 or not summary["probabilities"]
+    if not (inside or result.choice.fixed or result.objective.confidence):
+        text = "The best threshold lies outside 0.10 to 0.90, so scores of positives were added "
+        yield text + "to the table."
     if summary["exact"]:
-        yield result.fill("Of all distinct scores {exact[threshold]} is best: {exact[value]:.6f}.")
+        text = "Of all distinct scores {exact[threshold]} is best: {exact[value]:{form}}."
+        yield result.fill(text)
 
 
 # %% 3. What moving the threshold does
@@ -768,10 +801,10 @@ def tell_trade_off(result):
     """The choice, and ten rows of the table down and up from it: 0.1 on the grid."""
     last, chosen = result.table.threshold.size - 1, result.choice.chosen
     yield "  threshold  precision  recall  false alarms    misses"
-    line = "  {threshold:>9}{precision:>11.3f}{recall:>8.3f}{fp:>14,.0f}{fn:>10,.0f}"
+    line = "  {threshold:>9} {precision:>10} {recall:>7} {fp:>13} {fn:>9}"
     for index in sorted({max(chosen - 10, 0), chosen, min(chosen + 10, last)}):
         found = row(result.columns, index, result.objective.metric)
-        yield line.format(**found | result.counts(found))
+        yield line.format(**as_shown(found) | result.counts(found))
 
 
 # %% 4. How certain this is
@@ -915,25 +948,34 @@ def tell_certainty(result):
     """How far the threshold, its value and its rates may be off."""
     best, objective = result.summary["best"], result.objective
     if not result.choice.fixed:
-        yield result.fill(
-            "In {replicates:,} tables drawn given these cases, the best threshold is between "
-            "{best[threshold_interval][0]} and {best[threshold_interval][1]} (95%). From "
-            "{near_optimal[low]} to {near_optimal[high]} the value is within {small_loss:.3g} "
-            "of the best. Corrected for the luck of the choice it is {best[value_corrected]:.4f}."
-        )
+        yield tell_range(result)
     yield result.fill("  at {best[threshold]:<16}   value  95% interval")
     for rate in RATES:
-        low, high = best[f"{rate}_interval"]
-        yield f"  {METRICS[rate].name:<17}{best[rate]:>8.3f}  {low:.3f} to {high:.3f}"
-    kept = "The population keeps {} {limit:g} there with a probability of {probability:.0%}."
+        low, high = map(shown, best[f"{rate}_interval"])
+        yield f"  {METRICS[rate].name:<17} {shown(best[rate]):>7}  {low} to {high}"
+    kept = "The population keeps {} {limit:g} there with a probability of {}."
     for name, limit in result.summary["limits"].items():
-        yield kept.format(option(name), **limit)
-    if objective.confidence:
+        chance = f"{limit['probability']:.0%}"  # of 2,000 draws
+        yield kept.format(option(name), {"0%": "<1%", "100%": ">99%"}.get(chance, chance), **limit)
+    if objective.confidence and not result.choice.fixed:
         wrong = 100 * (1 - objective.confidence)
         yield f"Choices like this one break a limit in at most {wrong:.3g}% of all samples."
-    held = "Chosen on one part of the cases ({threshold}), scored on the other {n:,}: {value:.4f}."
+    held = "Chosen on one part of the cases ({holdout[threshold]}), scored on the other "
     if result.summary["holdout"]:
-        yield held.format(**result.summary["holdout"])
+        yield result.fill(held + "{holdout[n]:,}: {name} {holdout[value]:{form}}.")
+
+
+def tell_range(result):
+    """Which thresholds may be the best, and which are nearly as good."""
+    text = ""
+    if np.ptp(result.summary["best"]["threshold_interval"]):
+        text += "In {replicates:,} tables drawn given these cases, the best threshold is between "
+        text += "{best[threshold_interval][0]} and {best[threshold_interval][1]} (95%). "
+    if np.ptp([*result.summary["near_optimal"].values()]):
+        text += "From {near_optimal[low]} to {near_optimal[high]} the value is within "
+        text += "{small_loss:.3g} of the best{those}. "
+    text += "Corrected for the luck of the choice, {name} is {best[value_corrected]:{form}}."
+    return result.fill(text, those=" of those allowed" if result.objective.limits else "")
 
 
 # %% 5. Are the scores probabilities?
@@ -968,16 +1010,17 @@ def check_theory(choice, best):
     return dict(zip(["expected_threshold", "expected_loss", "expected_loss_interval"], found))
 
 
-OFF = "They are off by {calibration[ece]:.3f} on average, "
-CHANCE = OFF + "calibrated ones by {low:.3f} to {high:.3f} by chance: "
+OFF = "They are off by {ece} on average, "
+CHANCE = OFF + "calibrated ones by {low} to {high} by chance: "
 MISCALIBRATED = {
     None: OFF + "of which chance may explain much, since the cases depend on each other.",
     True: CHANCE + "calibrate them on held-out cases (Platt scaling, isotonic regression).",
     False: CHANCE + "no sign of miscalibration.",
 }
-THEORY = "If they were true probabilities, {rule} = {calibration[expected_threshold]:.3f} would "
-THEORY += "be best; the nearest threshold here loses {calibration[expected_loss]:z.4f} (95% "
-THEORY += "interval {low:z.4f} to {high:z.4f})."
+THEORY = "If they were true probabilities, {rule} ({expected}) would be the best threshold; "
+THEORY += "choosing it loses {calibration[expected_loss]:{form}} (95% interval "
+THEORY += "{calibration[expected_loss_interval][0]:{form}} to "
+THEORY += "{calibration[expected_loss_interval][1]:{form}})."
 
 
 def tell_calibration(result):
@@ -987,12 +1030,12 @@ def tell_calibration(result):
         return
     if result.objective.prevalence:
         yield "This is about the cases as they were observed."
-    low, high = found["ece_by_chance"] if result.choice.clusters is None else (None, None)
-    yield result.fill(MISCALIBRATED[found["miscalibrated"]], low=low, high=high)
+    by_chance = found["ece_by_chance"] if result.choice.clusters is None else (None, None)
+    ece, low, high = map(shown, (found["ece"], *by_chance))
+    yield result.fill(MISCALIBRATED[found["miscalibrated"]], ece=ece, low=low, high=high)
     if found["expected_threshold"] is not None:
-        low, high = found["expected_loss_interval"]
         rule = "half the best F1" if result.objective.metric == "f1" else "c_FP/(c_FP + c_FN)"
-        yield result.fill(THEORY, rule=rule, low=low, high=high)
+        yield result.fill(THEORY, rule=rule, expected=shown(found["expected_threshold"]))
 
 
 # %% 6. Other class balances
@@ -1010,11 +1053,11 @@ def other_balances(table, objective):
 
 def tell_balances(result):
     """One row for each share of positives."""
-    yield "  positives  threshold      best    at 0.5"
-    line = "  {prevalence:>9.0%}{threshold:>11}{value:>10.3f}{plain:>10}"
+    yield "  positives  threshold        best      at 0.5"
     for found in result.summary["balances"]:
-        plain = found["value_at_default"]
-        yield line.format(plain="-" if plain is None else f"{plain:.3f}", **found)
+        values = found["value"], found["value_at_default"]
+        best, plain = (shown(value, result.objective.metric) for value in values)
+        yield f"  {found['prevalence']:>9.0%} {found['threshold']:>10} {best:>11} {plain:>11}"
 
 
 # %% 7. What the errors suggest
@@ -1035,7 +1078,7 @@ def suggest(table, chosen, objective):
     return {"dominant_error": error, "suggestion": found if new else None}
 
 
-ERRORS = "{by_cost} (false alarms: {fp:,.0f}, misses: {fn:,.0f}): "
+ERRORS = "{by_cost} (false alarms: {fp}, misses: {fn}): "
 ADVICE = {
     None: "The errors are in balance" + ERRORS + "only better scores remove both kinds.",
     "false_alarms": "False alarms prevail" + ERRORS + "{limit}look for wrong labels among the "
@@ -1047,13 +1090,13 @@ ADVICE = {
 
 def tell_suggestions(result):
     """What to try next, from this run's false positives and false negatives."""
-    summary, counts = result.summary, result.counts(result.summary["best"])
+    summary, best = result.summary, result.summary["best"]
     text, limit = ADVICE[summary["dominant_error"]], summary["suggestion"]
-    if counts["fp"] + counts["fn"] < 0.5:
+    if best["fp"] + best["fn"] == 0:
         text = "There are no errors at the chosen threshold among these cases."
     limit = "try {option} {limit:g}; or ".format(**limit) if limit else ""
     by_cost = " by cost" * (result.objective.metric == "cost")
-    yield text.format(by_cost=by_cost, limit=limit, **counts)
+    yield text.format(by_cost=by_cost, limit=limit, **result.counts(best))
 
 
 # %% 8. Files and figures
@@ -1080,7 +1123,8 @@ def bin_edges(every, threshold):
 
 CURVES = ("precision", "recall", "f1")  # of the second figure
 COMPARED = ("f1", "youden_j", "balanced_accuracy", "mcc")  # of the fifth
-CHOSEN = "chosen {best[threshold]} ({name} {best[value]:.3f})"
+CHOSEN = "chosen {best[threshold]} ({name} {best[value]:{form}})"
+NOBODY = "At {best[threshold]} nobody is called positive"
 SQUARE = {"xlim": (-0.01, 1.01), "ylim": (-0.01, 1.01), "aspect": "equal"}
 
 
@@ -1100,8 +1144,7 @@ def plot_outcomes(plt, result):
         edges = x[part]
         heights = sign * shares[int(sign > 0), part][: edges.size - 1] / abs(np.diff(edges))
         if heights.size:  # nothing is where everybody or nobody is called positive
-            label = f"{name}: {counts[key]:,.0f}"
-            axes.stairs(heights, edges, fill=True, color=color, label=label)
+            axes.stairs(heights, edges, fill=True, color=color, label=f"{name}: {counts[key]}")
     axes.axvline(best["threshold"], color=BLACK, lw=1.5, label=result.fill(CHOSEN))
     axes.axhline(0, color=BLACK, lw=0.8)
     title = f"Of the positives {1 - best['recall']:.1%} are missed, "
@@ -1115,7 +1158,8 @@ def plot_metrics(plt, result):
     """Precision, recall and F1 against the threshold."""
     title = "At {best[threshold]}, {best[precision]:.1%} of the alerts are right, and "
     title += "{best[recall]:.1%} of the positives found"
-    points = dict.fromkeys(CURVES, result.summary["best"])
+    points = dict.fromkeys(CURVES, best := result.summary["best"])
+    title = title if best["alert_rate"] else NOBODY
     return plot_thresholds(plt, result, points, result.fill(title))
 
 
@@ -1141,7 +1185,7 @@ def plot_thresholds(plt, result, points, title):
         axes.plot([], [], style, color=color, label=METRICS[metric].name)
         if metric == "cost":
             scale.set_ylabel("cost per case", color=color)
-    axes.axvline(best, color=RED, lw=1, label=result.fill(CHOSEN))
+    axes.axvline(best, color=BLACK, lw=1, ls="--", label=result.fill(CHOSEN))
     if result.table.probabilities:
         axes.axvline(0.5, color="gray", lw=1.5, ls=":", label="default 0.5")
     axes.set(xlabel="threshold", ylabel="value, with 95% band", title=title)
@@ -1160,7 +1204,8 @@ def plot_precision_recall(plt, result):
     axes.axhline(chance, ls="--", color="gray", label=f"chance level (AP = {chance:.2f})")
     axes.plot(best["recall"], best["precision"], "o", color=RED, label=result.fill(CHOSEN))
     title = "At recall {best[recall]:.3f}, {best[precision]:.1%} of the alerts are right"
-    axes.set(xlabel="recall", ylabel="precision", title=result.fill(title), **SQUARE)
+    title = result.fill(title if best["alert_rate"] else NOBODY)
+    axes.set(xlabel="recall", ylabel="precision", title=title, **SQUARE)
     return figure
 
 
@@ -1182,8 +1227,8 @@ def plot_reliability(plt, result):
         return None
     figure, (axes, below) = plt.subplots(2, sharex=True, figsize=(6.4, 6), height_ratios=(3, 1))
     utils.draw_reliability(axes, result.reliability, band=result.choice.clusters is None)
-    title = "As probabilities, the scores are off by {calibration[ece]:.3f} on average"
-    axes.set_title(result.fill(title))
+    ece = shown(result.summary["calibration"]["ece"])
+    axes.set_title(f"As probabilities, the scores are off by {ece} on average")
     edges, cases = result.bars.threshold, result.bars.cells().sum(0)[1:-1]
     below.stairs(cases / np.diff(edges), edges, fill=True, color=SKY)
     below.set(xlabel="score", ylabel="cases", xlim=(0, 1), yticks=[])

@@ -495,6 +495,11 @@ class Cases(NamedTuple):
     groups: np.ndarray | None = None  # int, (n,): which person, place or day a case belongs to
     remark: str = ""  # which columns were taken, if nobody said
 
+    @property
+    def n(self):
+        """The number of cases."""
+        return len(self.labels) if self.counts is None else int(self.counts.sum())
+
 
 @dataclass(frozen=True)
 class _Table:

@@ -996,11 +996,13 @@ def test_a_true_gain_is_found(monkeypatch):
     ],
 )
 def test_the_verdict_follows_from_the_interval(interval, corrected, verdict, needed):
-    gain = {"corrected": corrected, "corrected_interval": interval}
+    gain = {"value": 0.01, "corrected": corrected, "corrected_interval": interval}
     found = part1.weigh(gain, loss=0.005, n=100, judged=True)
     assert found["verdict"] == verdict
     assert found["cases_needed"] == (needed and pytest.approx(100 * needed))
     assert part1.weigh(gain, 0.005, 100, judged=False)["verdict"] is None
+    same = part1.weigh(gain | {"value": -1e-16}, 0.005, 100, judged=True)
+    assert (same["verdict"], same["cases_needed"]) == ("does_not_pay", None)  # 0.5 is as good
 
 
 def printed(capsys):
@@ -1074,7 +1076,7 @@ def test_everybody_and_nobody_are_what_to_beat(tmp_path, capsys):
     assert summary["everybody"]["value"] == pytest.approx(0.999)
     assert summary["small_loss"] == pytest.approx(0.005 * 0.2)
     assert (summary["gain"]["verdict"], summary["table"]) == ("pays", "extended")
-    assert summary["best"]["value"] < 0.15 and "call nobody: cost" in printed(capsys)
+    assert summary["best"]["value"] < 0.15 and "call nobody 0.2 0.000" in printed(capsys)
 
 
 @pytest.mark.parametrize("metric", ["precision", "recall", "specificity", "alert_rate"])
@@ -1094,12 +1096,9 @@ def test_with_a_prevalence_the_screen_is_of_that_population(tmp_path, capsys):
     """Counts agree with the rates beside them; summary.json has those observed."""
     summary, _ = run(tmp_path, "--prevalence", 0.05)
     best, text = summary["best"], printed(capsys)
-    hits, alarms, misses, rejections = (
-        int(number.replace(",", ""))
-        for number in re.search(
-            r"([\d,]+) hits, ([\d,]+) false alarms, ([\d,]+) misses, ([\d,]+)", text
-        ).groups()
-    )
+    found = r"hits ([\d,]+), false alarms ([\d,]+), misses ([\d,]+), correct rejections ([\d,]+)"
+    numbers = re.search(found, text).groups()
+    hits, alarms, misses, rejections = (int(number.replace(",", "")) for number in numbers)
     assert hits + misses == 500 and hits + misses + alarms + rejections == 10_000
     assert hits / (hits + alarms) == pytest.approx(best["precision"], abs=0.002)
     assert best["tp"] + best["fn"] == 3000 and f"misses: {misses}" in text
@@ -1217,7 +1216,8 @@ def test_a_choice_is_judged_on_the_cases_of_another_file(tmp_path, capsys):
     assert summary["best"] == given["best"] and summary["gain"] == given["gain"]
     assert summary["n"] == 300 and summary["roc_auc"] == given["roc_auc"]
     assert summary["chosen_by"] == "other cases"
-    assert "chosen on other cases" in printed(capsys)
+    assert summary["chosen_on"] == {"source": str(paths[0]), "n": 400}
+    assert f"Threshold {chosen}, chosen on the 400 cases of {paths[0]} (F1" in printed(capsys)
 
 
 def dependent(seed, groups=40, size=25):
@@ -1437,12 +1437,118 @@ def test_a_rule_that_needs_no_score_and_is_as_good_is_named(tmp_path, capsys, op
     labels, scores = np.arange(800) % 10 == 0, np.linspace(0, 1, 800)
     path = write_npz(tmp_path / "a.npz", labels, scores)
     summary, _ = run(tmp_path / "out", "--scores", path, *options.split())
-    assert f"But calling {rule} reaches {summary[rule]['value']:.4f}." in printed(capsys)
+    form = ".6g" if "cost" in options else ".4f"
+    assert f"But calling {rule} reaches {summary[rule]['value']:{form}}." in printed(capsys)
 
 
 def test_a_cost_stands_beside_that_of_the_cheaper_rule(tmp_path, capsys):
     """Of 3,000 misses and 7,000 false alarms the false alarms are cheaper here."""
     summary, _ = run(tmp_path, "--metric", "cost", "--fn-cost", 5)
     text = printed(capsys)
-    assert f"costs {10_000 * summary['best']['value']:,.6g}, and the cheaper" in text
-    assert "of those two 7,000." in text and "But calling" not in text
+    assert f"costs {10_000 * summary['best']['value']:,.6g}; calling everybody or" in text
+    assert "nobody costs 7,000 or more." in text and "But calling" not in text
+
+
+@pytest.mark.parametrize(
+    "share, text",
+    [
+        (0.8676, "0.868"), (0.00042, "0.00042"), (0.0096, "0.0096"), (0.99958, "0.99958"),
+        (1.0, "1.000"), (0.0, "0.000"), (-0.0, "0.000"), (-1e-17, "0.000"), (-0.004, "-0.0040"),
+        (1e-9, "0.000000001"), (-4500.0, "-4500.000"), (None, "-"), (np.nan, "-"),
+    ],
+)  # fmt: skip
+def test_a_share_has_two_digits_near_0_and_near_1(share, text):
+    assert part1.shown(share) == text
+
+
+def test_the_columns_of_a_rare_class_and_of_money_stay_apart(tmp_path, capsys):
+    """Millions of counts, shares near 0 and 1, and costs of 9e7."""
+    path = tmp_path / "c.csv"
+    rows = [f"{int(i % 25 == 7)},{i / 100},{(1, 9 * 10**7)[i % 25 != 7]}" for i in range(100)]
+    path.write_text("\n".join(["y_true,y_score,n", *rows]))
+    options = ["--scores", path, "--count-column", "n"]
+    for more in [], ["--metric", "cost", "--fp-cost", "9e7", "--fn-cost", "9e8"]:
+        run(tmp_path / "out", *options, *more)
+        text = capsys.readouterr().out
+        assert not re.search(r"\d\.\d+\.\d", text)
+        for line in text.splitlines():
+            if re.match(r"  (cost|F1|Youden's J|balanced accuracy|call \w+)  ", line):
+                assert len(re.findall(r" [\d.e+-]+(?= |$)", line)) in (4, 5), line
+            if re.match(r" +0\.\d+ +", line):
+                assert len(line.split()) == 5, line
+        assert "off by 0.000 " not in text and "1.000 to 1.000" not in text
+
+
+def test_counts_below_10_at_a_prevalence_have_a_decimal(tmp_path, capsys):
+    run(tmp_path, "--n-samples", 1000, "--prevalence", 0.004)
+    found = re.search(r"hits (\S+), false alarms \S+, misses (\S+),", printed(capsys))
+    assert sum(map(float, found.groups())) == pytest.approx(4, abs=0.11)
+    assert all(re.fullmatch(r"\d\.\d", number) for number in found.groups())
+
+
+def test_where_one_half_is_as_good_no_more_cases_are_asked_for(tmp_path, capsys):
+    """Separable scores, where the middle of what is as good is 0.55."""
+    path = write_npz(tmp_path / "s.npz", [1, 1, 0, 1, 0], [0.9, 0.8, 0.3, 0.7, 0.4])
+    summary, _ = run(tmp_path / "out", "--scores", path)
+    assert (summary["best"]["threshold"], summary["gain"]["verdict"]) == (0.55, "does_not_pay")
+    text = printed(capsys)
+    assert "The default 0.5 reaches the same: no reason to leave it." in text
+    assert "or more" not in text and "estimated" not in text
+
+
+def test_a_rule_is_compared_with_one_half_too_and_only_the_better_one_named(tmp_path, capsys):
+    run(tmp_path, "--n-samples", 2000, "--threshold", 0.99)  # F1 0, but 0.87 at 0.5
+    assert "But calling" not in printed(capsys)
+    labels, scores = np.arange(400) % 2 == 0, np.random.default_rng(0).random(400)
+    path = write_npz(tmp_path / "s.npz", labels, scores)  # both rules are right in half
+    run(tmp_path / "out", "--scores", path, "--metric", "accuracy", "--threshold", 0.99)
+    assert printed(capsys).count("But calling") <= 1
+
+
+def test_a_promise_is_made_only_of_the_cases_that_chose(tmp_path, capsys):
+    """On another site the limit may be out of reach."""
+    paths = [write_npz(tmp_path / f"{i}.npz", *sample(2000, seed=i)) for i in range(2)]
+    np.savez(paths[1], y_true=(hard := sample(2000, seed=1))[0], y_score=0.1 + 0.9 * hard[1])
+    options = ["--scores", paths[0], "--min-precision", 0.8, "--confidence", 0.9]
+    for more, promise in ([], True), (["--test", paths[1]], False):
+        run(tmp_path / "out", *options, *more)
+        text = printed(capsys)
+        assert ("break a limit" in text) == promise
+        assert re.search(r"with a probability of (<1%|>99%|[1-9]\d?%)\.", text)
+
+
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        ("", False),
+        ("--n-samples 100000 --scenario calibrated --positive-rate 0.01 --metric mcc", False),
+        ("--scenario calibrated --positive-rate 0.001 --metric cost --fn-cost 200", True),
+        ("--scenario calibrated --positive-rate 0.001 --metric cost --threshold 0.05", False),
+    ],
+)
+def test_a_best_threshold_outside_the_grid_is_said_to_be_so(tmp_path, capsys, options, said):
+    best = run(tmp_path, *options.split())[0]["best"]["threshold"]
+    assert ("lies outside 0.10 to 0.90" in printed(capsys)) == said
+    assert "--threshold" in options or (best < 0.1) == said
+
+
+def test_a_range_of_one_threshold_is_no_range(tmp_path, capsys):
+    for options in "", "--min-recall 0.8":
+        run(tmp_path, "--n-samples", 3000, *options.split())
+        text = printed(capsys)
+        assert not re.search(r"(\b[\d.]+) (?:to|and) \1 (?:the|\(95)", text)
+        assert ("of the best of those allowed" in text) == bool(options)
+    path = write_npz(tmp_path / "s.npz", np.arange(9) < 3, np.full(9, 7.0))
+    run(tmp_path / "out", "--scores", path, "--exact", "--threshold", 3)
+    run(tmp_path / "out", "--scores", path, "--exact")
+    text = printed(capsys)
+    assert "the best threshold is between" not in text and "of the best" not in text
+
+
+@pytest.mark.parametrize(
+    "figure", ["02_precision_recall_f1_vs_threshold", "03_precision_recall_curve"]
+)
+def test_where_nobody_is_called_no_alert_is_said_to_be_wrong(figure):
+    result = analyse(Cases(*sample(50)), Objective(), given=2.0)
+    (axes,) = FIGURES[figure](matplotlib.pyplot, result).axes[:1]
+    assert axes.get_title(loc="left") + axes.get_title() == "At 2.0 nobody is called positive"
