@@ -85,20 +85,21 @@ class Result:
         form = "z.6g" if metric == "cost" else f"z.{decimals(best, 4)}f"
         return text.format(name=METRICS[metric].name, form=form, **more, **self.summary)
 
-    def counts(self, entry):
-        """Hits and errors of a row of the table, at the prevalence, of as many cases."""
+    def shown(self, entry):
+        """A row of the table as text; the counts are those at the prevalence, of as many cases."""
         n, share = self.summary["n"], self.objective.prevalence
         pos = n * share if share else self.summary["n_positive"]
         tp, tn = entry["recall"] * pos, entry["specificity"] * (n - pos)
         counts = {"tp": tp, "fn": pos - tp, "tn": tn, "fp": n - pos - tn}
         few = 9.95 if share else 0  # these are estimates
-        return {key: f"{number:,.{int(number < few)}f}" for key, number in counts.items()}
+        text = {key: f"{number:,.{int(number < few)}f}" for key, number in counts.items()}
+        return entry | text | {rate: shown(entry[rate]) for rate in RATES}
 
 
 def decimals(share, least=3):
     """How many show two digits of a share near 0, or of what it lacks of 1."""
     near = min(abs(share), abs(1 - share))
-    return max(least, min(9, 1 - int(np.floor(np.log10(near))))) if near > TOLERANCE else least
+    return max(least, 1 - int(np.floor(np.log10(near)))) if near > TOLERANCE else least
 
 
 def shown(value, metric=None):
@@ -159,11 +160,6 @@ def narrate(result):
         for paragraph in paragraphs(result):
             tell(paragraph)
         say("")
-
-
-def as_shown(entry):
-    """A row of the table with its rates as they are shown."""
-    return entry | {rate: shown(entry[rate]) for rate in RATES}
 
 
 # %% 1. The scores
@@ -770,11 +766,11 @@ def tell_choice(result):
     yield "  best for           threshold       value  precision  recall  specificity"
     line = "  {:<18} {threshold:>9} {:>11} {precision:>10} {recall:>7} {specificity:>12}"
     for own in dict.fromkeys([metric, "f1", "youden_j", "balanced_accuracy"]):
-        found = summary["by_metric"][own]
-        yield line.format(METRICS[own].name, shown(found["value"], own), **as_shown(found))
+        found = result.shown(summary["by_metric"][own])
+        yield line.format(METRICS[own].name, shown(found["value"], own), **found)
     for rule in RULES:
-        found = as_shown(summary[rule]) | {"threshold": ""}
-        yield line.format(f"call {rule}", shown(summary[rule]["value"], metric), **found)
+        found = result.shown(summary[rule]) | {"threshold": ""}
+        yield line.format(f"call {rule}", shown(found["value"], metric), **found)
     if metric == "cost":
         own, *others = (summary["n"] * summary[key]["value"] for key in ("best", *RULES))
         others = f"calling everybody or nobody costs {min(others):,.6g} or more"
@@ -785,7 +781,7 @@ def tell_choice(result):
         "At {best[threshold]}: hits {tp}, false alarms {fp}, misses {fn}, correct rejections "
         "{tn}. At any threshold: ROC AUC {roc_auc:.4f}, average precision "
         "{average_precision:.4f}.",
-        **result.counts(summary["best"]),
+        **result.shown(summary["best"]),
     )
     inside = 0.1 <= summary["best"]["threshold"] <= 0.9 or not summary["probabilities"]
     if not (inside or result.choice.fixed or result.objective.confidence):
@@ -804,7 +800,7 @@ def tell_trade_off(result):
     line = "  {threshold:>9} {precision:>10} {recall:>7} {fp:>13} {fn:>9}"
     for index in sorted({max(chosen - 10, 0), chosen, min(chosen + 10, last)}):
         found = row(result.columns, index, result.objective.metric)
-        yield line.format(**as_shown(found) | result.counts(found))
+        yield line.format(**result.shown(found))
 
 
 # %% 4. How certain this is
@@ -1090,13 +1086,14 @@ ADVICE = {
 
 def tell_suggestions(result):
     """What to try next, from this run's false positives and false negatives."""
-    summary, best = result.summary, result.summary["best"]
-    text, limit = ADVICE[summary["dominant_error"]], summary["suggestion"]
+    best, limit = result.summary["best"], result.summary["suggestion"]
     if best["fp"] + best["fn"] == 0:
-        text = "There are no errors at the chosen threshold among these cases."
+        yield "There are no errors at the chosen threshold among these cases."
+        return
     limit = "try {option} {limit:g}; or ".format(**limit) if limit else ""
     by_cost = " by cost" * (result.objective.metric == "cost")
-    yield text.format(by_cost=by_cost, limit=limit, **result.counts(best))
+    text = ADVICE[result.summary["dominant_error"]]
+    yield text.format(by_cost=by_cost, limit=limit, **result.shown(best))
 
 
 # %% 8. Files and figures
@@ -1133,7 +1130,7 @@ def plot_outcomes(plt, result):
     bars, best, orient = result.bars, result.summary["best"], result.objective.orient
     x, shares = orient * bars.threshold, bars.cells()[:, 1:-1] / [[bars.neg], [bars.pos]]
     cut = abs(x - best["threshold"]).argmin()
-    counts, left, right = result.counts(best), slice(0, cut + 1), slice(cut, None)
+    counts, left, right = result.shown(best), slice(0, cut + 1), slice(cut, None)
     figure, axes = plt.subplots()
     for name, key, sign, part, color in (
         ("hits", "tp", 1, right, BLUE),
