@@ -200,7 +200,6 @@ def read(path, a):
 
 
 RANKINGS = {  # what the area under the ROC curve says before anything else
-    "right": "",
     "reversed": "A positive outscores a negative in only {roc_auc:.1%} of pairs (ROC AUC): {seem} "
     "scores seem to mean positive. If so, run again {how} --lower-is-positive.",
     "unclear": "A ROC AUC of {roc_auc:.3f} can be chance{unclear}.",
@@ -214,7 +213,7 @@ def tell_scores(result):
     unclear = ": these scores may be guesses"
     if groups := summary["groups"]:
         unclear = " if a group tells no more than a single case would"
-    if text := RANKINGS[summary["ranking"]]:
+    if text := RANKINGS.get(summary["ranking"]):
         yield result.fill(text, seem=seem, how=how, unclear=unclear)
     made = "Simulated:" if summary["scenario"] else "Read from"
     yield made + result.fill(
@@ -743,9 +742,8 @@ def headline(result):
     summary, objective = result.summary, result.objective
     gain, best, default = (summary[key] for key in ("gain", "best", "default"))
     verdict = "none" if gain is None else gain["verdict"] or "out"
-    if verdict == "does_not_pay" and abs(gain["value"]) <= TOLERANCE:
-        verdict = "equal"
-    verdict = "one_sided" if objective.one_sided else verdict
+    equal = verdict == "does_not_pay" and abs(gain["value"]) <= TOLERANCE
+    verdict = "one_sided" if objective.one_sided else "equal" if equal else verdict
     # Two digits say what is known.
     needed = float(f"{np.ceil(gain['cases_needed']):.1e}") if verdict == "cannot_tell" else 0
     text = CHOSEN_BY[summary["chosen_by"]] + VALUE + VERDICTS[verdict]
@@ -765,12 +763,11 @@ def tell_choice(result):
     yield headline(result)
     yield "  best for           threshold       value  precision  recall  specificity"
     line = "  {:<18} {threshold:>9} {:>11} {precision:>10} {recall:>7} {specificity:>12}"
-    for own in dict.fromkeys([metric, "f1", "youden_j", "balanced_accuracy"]):
-        found = result.shown(summary["by_metric"][own])
-        yield line.format(METRICS[own].name, shown(found["value"], own), **found)
-    for rule in RULES:
-        found = result.shown(summary[rule]) | {"threshold": ""}
-        yield line.format(f"call {rule}", shown(found["value"], metric), **found)
+    metrics = dict.fromkeys([metric, "f1", "youden_j", "balanced_accuracy"])
+    rows = [(METRICS[own].name, own, summary["by_metric"][own]) for own in metrics]
+    rows += [(f"call {rule}", metric, summary[rule] | {"threshold": ""}) for rule in RULES]
+    for name, own, found in rows:
+        yield line.format(name, shown(found["value"], own), **result.shown(found))
     if metric == "cost":
         own, *others = (summary["n"] * summary[key]["value"] for key in ("best", *RULES))
         others = f"calling everybody or nobody costs {min(others):,.6g} or more"
@@ -1050,10 +1047,9 @@ def other_balances(table, objective):
 def tell_balances(result):
     """One row for each share of positives."""
     yield "  positives  threshold        best      at 0.5"
-    for found in result.summary["balances"]:
-        values = found["value"], found["value_at_default"]
+    for share, threshold, *values in (found.values() for found in result.summary["balances"]):
         best, plain = (shown(value, result.objective.metric) for value in values)
-        yield f"  {found['prevalence']:>9.0%} {found['threshold']:>10} {best:>11} {plain:>11}"
+        yield f"  {share:>9.0%} {threshold:>10} {best:>11} {plain:>11}"
 
 
 # %% 7. What the errors suggest
@@ -1110,12 +1106,13 @@ def save(result, folder):
 
 def bin_edges(every, threshold):
     """Edges of 60 bins or so, one at the threshold: a sliver beside it would be a spike."""
-    low, high = every.threshold[[0, -1]]
-    width = (high - low if every.threshold.size > 2 else max(abs(high), 1)) / 60
-    if not low - width <= threshold <= high + width:
-        threshold = low
-    first, last = np.floor((low - threshold) / width), np.ceil((high - threshold) / width)
-    return threshold + width * np.arange(min(first, 0), max(last, 0) + 1)
+    low, high = every.threshold[[0, -2]]
+    width = high / 60 - low / 60
+    if width <= 1e-12 * max(abs(low), abs(high)):  # all are equal
+        width = max(abs(high), 1) / 60
+    start = threshold if low - width <= threshold <= high + width else low
+    first, last = np.floor([low / width - start / width, high / width - start / width])
+    return start + width * np.arange(min(first, 0), max(last + 1, 0) + 1)
 
 
 CURVES = ("precision", "recall", "f1")  # of the second figure

@@ -707,7 +707,8 @@ def _find_scores(table, name, unit):
     remedy = "give a number in each row"
     if any("," in str(value) for value in text[:1000]):
         remedy += "; decimal commas need semicolons between the columns"
-    table.refuse(~np.isfinite(scores), f"no finite number in {name}", text, remedy)
+    bad = ~(abs(scores) <= np.float64(1e300))  # NaN, too; beyond it figures cannot be drawn
+    table.refuse(bad, f"no number within +-1e300 in {name}", text, remedy)
     if unit:
         what = f"a score outside [0, 1] in {name}"
         remedy = "give probabilities, or add --exact for other scores"

@@ -902,6 +902,20 @@ def test_the_outcomes_are_split_at_the_threshold(dtype, threshold):
         assert np.diff(edges[name]).min() > 1 / 80, name  # a sliver would be a spike
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    "scores", [[0, 5e-324], [0.4, 0.4 + 1e-16], [0.3, 0.3], [-1e300, 1e300], [-7.0, 1e3]]
+)
+@pytest.mark.parametrize("threshold", [None, 0.31, -1e300])
+def test_any_scores_have_bins_that_hold_them_all(scores, threshold):
+    """Also scores that are equal, nearly equal, or as far apart as they can be."""
+    labels, scores = np.array([True, False] * 2), np.array(scores * 2)
+    result = analyse(Cases(labels, scores), Objective(), given=threshold)
+    FIGURES["01_outcomes"](matplotlib.pyplot, result)
+    assert result.bars.cells()[:, 1:-1].sum() == 4
+    assert result.bars.threshold.size <= 66 and np.diff(result.bars.threshold).min() > 0
+
+
 def test_scores_outside_0_1_have_no_reliability(tmp_path, monkeypatch):
     monkeypatch.setattr(part1, "FIGURES", FIGURES)
     path = write_npz(tmp_path / "s.npz", np.arange(10) < 3, np.full(10, 7.0))

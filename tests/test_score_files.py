@@ -150,6 +150,13 @@ BAD = {  # case: content of a CSV or NPZ file, further arguments, what the error
         [],
         ["2 rows", "index 1"],
     ),
+    "infinite in half precision": (
+        "npz",
+        {"y_true": [0, 1, 1], "y_score": np.float16([0, np.inf, 1])},
+        ["--exact"],
+        ["1 row", "index 1"],
+    ),
+    "too large to draw": ("csv", HEAD + b"1,1.7e308\n0,2\n", ["--exact"], ["1 row", "1e300"]),
     "unlabelled": ("csv", HEAD + b"1.0,.9\n,.8\n0.0,.1\n,.7\nNaN,.2\n", [], ["3 rows", "line 3"]),
     "unlabelled, named": (
         "csv",
