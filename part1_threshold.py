@@ -304,7 +304,7 @@ def count_every_score(cases, objective):
         keys <<= 1
         keys |= labels
         keys.sort()
-        tp, total = at_or_above(keys & 1), np.arange(scores.size, -1, -1)
+        tp, total = at_or_above(keys & 1), np.arange(scores.size, -1, -1, float)
         keys >>= 1
     else:
         order = np.argsort(ordered)
@@ -318,8 +318,8 @@ def count_every_score(cases, objective):
 
 
 def at_or_above(amounts):
-    """How much lies at or above each place of a sorted array, and last 0."""
-    return np.append(np.cumsum(amounts[::-1])[::-1], 0)
+    """How much lies at or above each place of a sorted array, and last 0; floats, as metrics need."""
+    return np.append(np.cumsum(amounts[::-1], dtype=float)[::-1], 0)
 
 
 def lay_table(every, optimum, dtype, objective):
@@ -471,7 +471,7 @@ def measure(metric, counts, objective):
 def tabulate(counts, objective):
     """The columns of thresholds.csv: counts as observed, then every metric; shape (T,)."""
     observed = {"threshold": objective.orient * counts.threshold + 0.0}  # no -0.0
-    observed |= {key: getattr(counts, key) for key in ("tp", "fp", "fn", "tn")}
+    observed |= {key: getattr(counts, key).astype(int) for key in ("tp", "fp", "fn", "tn")}
     return observed | {metric: measure(metric, counts, objective) for metric in METRICS}
 
 
@@ -502,8 +502,8 @@ def judge_ranking(every, groups=None):
 
     By the area's spread, ties included, if scores were guesses; each group counts as one case.
     """
-    n, pairs = every.n, 1.0 * every.pos * every.neg
-    ties = -np.diff(1.0 * (every.tp + every.fp))
+    n, pairs = every.n, every.pos * every.neg
+    ties = -np.diff(every.tp + every.fp)
     variance = (n + 1 - (ties**3 - ties).sum() / (n * (n - 1))) / (12 * pairs)
     variance *= 1 if groups is None else n / (groups.max() + 1)
     above = abs(np.trapezoid(every.tpr, every.fpr)) - 0.5
@@ -911,7 +911,7 @@ def hold_out(cells, share, seed):
     if cells.ndim == 3:  # of groups
         scored = rng.random(len(cells)) < share
         return cells[~scored].sum(0), cells[scored].sum(0)
-    scoring = rng.binomial(cells, share)
+    scoring = rng.binomial(cells.astype(int), share)
     return cells - scoring, scoring
 
 

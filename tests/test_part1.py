@@ -110,6 +110,8 @@ def assert_refused(folder, capsys, *arguments, out="out"):
 def no_figures(monkeypatch):
     """Draw nothing; `default_run` is made before and has its figures."""
     monkeypatch.setattr(part1, "FIGURES", {})
+    yield
+    matplotlib.pyplot.close("all")
 
 
 @pytest.fixture
