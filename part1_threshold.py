@@ -318,7 +318,7 @@ def count_every_score(cases, objective):
 
 
 def at_or_above(amounts):
-    """How much lies at or above each place of a sorted array, and last 0; floats, as metrics need."""
+    """How much lies at or above each place of a sorted array, and last 0, as floats."""
     return np.append(np.cumsum(amounts[::-1], dtype=float)[::-1], 0)
 
 

@@ -217,8 +217,9 @@ def test_no_metric_overflows_where_a_row_stands_for_a_billion_cases(metric):
     )
     expected = measure(metric, few, Objective())
     assert_allclose(measure(metric, many, Objective()), expected, rtol=1e-12, atol=1e-12)
-    arrays = replace(many, pos=np.array([many.pos]), neg=np.array([many.neg]))  # as of a hold-out
-    assert_allclose(measure(metric, arrays, Objective()), expected, rtol=1e-12, atol=1e-12)
+    whole = {key: np.array(getattr(many, key), int) for key in ("tp", "fp", "pos", "neg")}
+    found = measure(metric, replace(many, **whole), Objective())  # as of a hold-out
+    assert_allclose(found, expected, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("decimals", [None, 1])
