@@ -942,7 +942,7 @@ def tell_certainty(result):
     best, objective = result.summary["best"], result.objective
     if not result.choice.fixed:
         yield tell_range(result)
-    yield result.fill("  at {best[threshold]:<16}   value  95% interval")
+    yield result.fill("  at {best[threshold]:<14}   value  95% interval")
     for rate in RATES:
         low, high = map(shown, best[f"{rate}_interval"])
         yield f"  {METRICS[rate].name:<17} {shown(best[rate]):>7}  {low} to {high}"

@@ -156,11 +156,13 @@ def load_data(settings, folder):
     data = find_data(settings.dataset, folder)
     both = {"train": data.train, "test": data.test}
     md5 = data.md5 or {k: utils.md5_of_arrays(*vars(v).values()) for k, v in both.items()}
+    if settings.dataset not in DATASETS and settings.flip == "none":
+        data = replace(data, mirror=False)  # of own pictures, in the views neither
     data = set_aside(data, settings.select_on)
     held = f"{len(data.valid):,} validation, " * (settings.select_on == "val")
     tell(f"{data.name}: {len(data.train):,} training, {held}{len(data.test):,} test images.")
     if not data.mirror and (settings.flip, settings.tta) != ("none", "none"):
-        tell("A mirrored digit is a different symbol, so nothing is mirrored.")
+        tell("A mirrored image would be of another class, so nothing is mirrored.")
     parts = {name: getattr(data, name).to(settings.device) for name in ("train", "valid", "test")}
     return replace(data, folder=folder, md5=md5, **parts)
 
@@ -176,7 +178,7 @@ def set_aside(data, select_on):
     held = np.zeros(len(labels), bool)
     for label in range(len(data.classes) * (select_on == "val")):
         members = rng.permutation(np.flatnonzero(labels == label))
-        held[members[: round(0.1 * len(members))]] = True
+        held[members[: max(1, round(0.1 * len(members)))]] = True
     return replace(data, train=data.train[~held], valid=data.train[held])
 
 
@@ -330,7 +332,7 @@ def train_epoch(training, pressed=()):
     loss_sum = right = seen = gradients = 0
     start = shown = time.monotonic()
     model.train()  # dropout is on, and BatchNorm uses the statistics of the batch
-    for images, targets in batches(training.data, settings, epoch):
+    for step, (images, targets) in enumerate(batches(training.data, settings, epoch)):
         if pressed:
             raise utils.Interrupted
         with autocast(settings):
@@ -338,7 +340,8 @@ def train_epoch(training, pressed=()):
         loss = F.cross_entropy(logits, targets, label_smoothing=settings.label_smoothing)
         training.optimizer.zero_grad()  # or the gradients of all steps would add up
         loss.backward()
-        gradients += gradient_norms(layers)
+        if step % EVERY == 0:
+            gradients += gradient_norms(layers)
         if settings.grad_clip:
             nn.utils.clip_grad_norm_(model.parameters(), settings.grad_clip)
         training.optimizer.step()
@@ -979,6 +982,7 @@ def average_of(training):
 # %% While it learns: the rows of monitor.csv
 
 WATCHED = 16  # validation images whose guesses are shown
+EVERY = 10  # of so many steps the gradient of one is measured, which hardly takes time
 
 
 def gradient_norms(layers):
@@ -990,8 +994,8 @@ def gradient_norms(layers):
 
 
 def norms_of(training, gradients):
-    """Norms of each layer: mean over the steps of that of its gradient, and of its weights."""
-    means = zip(training.layers, (gradients / training.steps).tolist())
+    """Norms of each layer: of its gradient, mean over every tenth step, and of its weights."""
+    means = zip(training.layers, (gradients / -(-training.steps // EVERY)).tolist())
     norms = {f"gradient_{name}": mean for name, mean in means}
     weights = training.layers.items()
     return norms | {f"weight_{name}": values.norm().item() for name, values in weights}
@@ -1449,7 +1453,7 @@ def save(training, folder):
     about = {"machine": utils.describe_machine(training.settings.device)}
     clear(folder)
     gone = ["best.pt", "last.pt"] * (len(history) == 1)  # of a run that this one replaces
-    for name in [*gone, "model.pt2", "model.onnx"]:
+    for name in [*gone, "model.pt2", "model.onnx", "model-int8.onnx"]:
         (folder / name).unlink(missing_ok=True)
     if gone:
         shutil.rmtree(folder / "tensorboard", ignore_errors=True)
@@ -1600,17 +1604,24 @@ def finished_runs(a):
     for i, network in enumerate(networks):
         if network.classes != data.classes:
             raise UserError(f"{a.evaluate[i]} is for other classes than {data.name}: leave it out")
+        if network.version["data_md5"] not in (None, data.md5):
+            text = "was trained and tested on other images than there are now: leave it out"
+            raise UserError(f"{a.evaluate[i]} {text}")
         how = {key: getattr(here, key) for key in MACHINE}
         networks[i] = replace(network, settings=replace(network.settings, **how))
         say(f"  {a.evaluate[i]}: {network.settings.model}, {network.n_parameters:,} parameters")
     say("", "3. Training: none, these runs are finished")
     first = a.evaluate[0] if a.evaluate[0].is_dir() else a.evaluate[0].parent
-    folder = a.output_dir or first / "evaluation"
-    if os.path.exists(folder / "config.json"):
+    return networks, data, folder_beside_runs(a.output_dir or first / "evaluation")
+
+
+def folder_beside_runs(folder, own=None):
+    """Make a folder for results; refuse that of a run, unless it is the network's ``own``."""
+    if os.path.exists(folder / "config.json") and not (own and folder.resolve() == own.resolve()):
         raise UserError(
             f"{folder} holds a run, which this would mix up: name another --output-dir"
         )
-    return networks, data, utils.output_folder(folder)
+    return utils.output_folder(folder)
 
 
 def settings_here(a, network):
@@ -2007,11 +2018,16 @@ OF_ONE_NETWORK = {plot_monitor, plot_strip, plot_grad_cam, plot_activations}
 
 def predict_pictures(a):
     """--predict: tell, write down and draw what the network of a checkpoint takes pictures for."""
-    network = load_network(a.checkpoint or Path("outputs", "part2"))
-    files = utils.files_of(a.predict)
+    path = a.checkpoint or Path("outputs", "part2")
+    if not os.path.exists(path):
+        raise UserError(f"there is no {path}: train first, or name a run with --checkpoint")
+    network, files = load_network(path), utils.files_of(a.predict)
     network = replace(network, settings=settings_here(a, network))
     network.model.to(network.settings.device, memory_format=torch.channels_last)
-    folder = utils.output_folder(a.output_dir or Path("outputs", "predictions"))
+    folder = a.output_dir or Path("outputs", "predictions")
+    if folder.resolve() in [path.resolve() for path in a.predict]:
+        raise UserError(f"{folder} holds the pictures: name another --output-dir")
+    folder = folder_beside_runs(folder)
     say("", f"2. What {network.path} takes them for")
     rows, bad, first = [], [], torch.empty(0, 32, 32, 3, dtype=torch.uint8)
     for images, good, wrong in utils.read_pictures(files):
@@ -2025,8 +2041,8 @@ def predict_pictures(a):
     utils.write_csv(folder / "predictions.csv", columns_of(rows))
     utils.draw_figures({"predictions": plot_pictures}, (network, first, rows), folder, a.show)
     if bad:
-        say("", "No pictures, so passed over:", *(f"  {each}" for each in bad))
-        raise utils.RunFailed(f"{len(bad):,} of {len(files):,} files are no pictures")
+        say("", "Passed over:", *(f"  {each}" for each in bad))
+        raise utils.RunFailed(f"{len(bad):,} of {len(files):,} files cannot be read as pictures")
 
 
 def plot_pictures(plt, result):
@@ -2036,11 +2052,14 @@ def plot_pictures(plt, result):
     for row in rows:
         guess = f"{row['class_1']:.12}: {row['probability_1']:.0%}"
         texts += [(utils.short_name(row["file"]), utils.BLACK), (guess, utils.BLUE)]
-    title = f"{len(first)} pictures, each with what it is taken for"
+    title = f"What the network takes for what (pictures: {len(first)})"
     labels = torch.tensor([network.classes.index(row["class_1"]) for row in rows])
     cams = grad_cam(network, first, labels)
     if cams is None:
-        return image_grid(plt, first, texts[1::2], 8, title)
+        both = [
+            (f"{name}\n{guess}", color) for (name, _), (guess, color) in zip(*[iter(texts)] * 2)
+        ]
+        return image_grid(plt, first, both, 8, title)
     title = f"{title}, and where the evidence lies (Grad-CAM: bright is most)"
     figure = image_grid(plt, first.repeat_interleave(2, 0), texts, 8, title)
     for axes, cam in zip(figure.axes[1::2], cams):
@@ -2055,9 +2074,11 @@ def export(a):
     """--export: write a network as files that need nothing of this project, in float32."""
     network = load_network(a.export)
     settings = replace(network.settings, device="cpu", precision="float32")
-    network = replace(network, model=network.model.eval(), settings=settings)
-    folder = utils.output_folder(a.output_dir or network.path.parent)
-    say(f"The network of {a.export}, version {network.version['sha256'][:12]}, into {folder}:")
+    model = network.model.eval().requires_grad_(False)
+    network = replace(network, model=model, settings=settings)
+    own = network.path.parent
+    folder = folder_beside_runs(a.output_dir or own, own)
+    tell(f"The network of {a.export}, version {network.version['sha256'][:12]}, into {folder}:")
     images = torch.arange(5 * 32 * 32 * 3).mul(7919).to(torch.uint8).view(5, 32, 32, 3)
     expected = probabilities(network, images)  # before tracing, so that on_device holds numbers
     about = network.version | {"classes": network.classes}

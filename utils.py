@@ -901,7 +901,7 @@ def read_pictures(paths, size=500):
                 images.append(read_picture(path))
                 good.append(path)
             except ValueError as error:
-                bad.append(f"{path} ({error})")
+                bad.append(f"{path if str(path).isprintable() else ascii(str(path))} ({error})")
             if time.monotonic() - shown > 0.5:
                 show_progress(f"  {i:,} of {len(paths):,} files")
                 shown = time.monotonic()
@@ -922,6 +922,10 @@ def read_class_folders(folder):
     import torch
 
     train, test = (class_files(folder / part) for part in ("train", "test"))
+    if odd := [name for name in train if not name.isprintable()]:
+        raise UserError(
+            f"{folder / 'train'}: {ascii(odd[0])} cannot be printed: rename that class"
+        )
     if len(train) < 2 or min(map(len, train.values())) < 5:
         text = "there must be two or more folders, a class each, of five or more pictures"
         raise UserError(f"{folder / 'train'}: {text}")
@@ -1041,7 +1045,8 @@ def save_figure(figure, path):
     if figure.get_suptitle():
         figure._suptitle.set_wrap(True)
     image = io.BytesIO()
-    figure.savefig(image, format="png")
+    with warnings.catch_warnings(action="ignore"):  # of letters that the font lacks
+        figure.savefig(image, format="png")
     write_bytes(path, image.getvalue())
 
 
@@ -1323,6 +1328,7 @@ def export_function(function, model, images, expected, about, folder):
     torch.export.save(program, file, extra_files={"version.json": about})
     file.seek(0)
     _check_export("model.pt2", torch.export.load(file).module(), images, expected)
+    (folder / "model.onnx").unlink(missing_ok=True)  # which may be of another network
     write_bytes(folder / "model.pt2", file.getvalue())
     say("  model.pt2")
     _export_onnx(program, images, expected, about, folder)

@@ -321,7 +321,7 @@ def test_what_is_no_picture_is_passed_over_and_named_at_the_end(
     out = tmp_path / "out"
     assert predict(shades_run, out, tmp_path / "mixed", tmp_path / "gone.png") == 1
     printed = capsys.readouterr()
-    assert printed.err == "error: 2 of 7 files are no pictures\n"
+    assert printed.err == "error: 2 of 7 files cannot be read as pictures\n"
     assert "notes.txt (it is no picture)\n" in printed.out
     assert "gone.png (No such file or directory)\n" in printed.out
     assert len(read_table(out / "predictions.csv")) == 5
@@ -550,3 +550,62 @@ def test_a_new_training_removes_the_export_of_the_one_it_replaces(
         (tmp_path / "run" / name).write_text("old")
     assert train(shades, tmp_path / "run") == 0
     assert not {"model.pt2", "model.onnx"} & contents(tmp_path / "run").keys()
+
+
+def test_a_run_is_not_judged_on_other_pictures(shades, shades_run, tmp_path, capsys):
+    copy = shutil.copytree(shades_run, tmp_path / "run")
+    for name in ("best.pt", "last.pt"):
+        stored = utils.load_checkpoint(copy / name)
+        stored["data_md5"] = {"train": "0", "test": "0"}
+        utils.save_checkpoint(copy / name, **stored)
+    assert part2.main(["--evaluate", str(copy), "--output-dir", str(tmp_path / "out")]) == 2
+    assert "other images" in error_line(capsys) and not (tmp_path / "out").exists()
+
+
+def test_of_the_fewest_pictures_one_of_each_class_is_held_out(tmp_path, capsys):
+    make_pictures(tmp_path / "few" / "train", SHADES, 5, seed=0)
+    assert train(tmp_path / "few", tmp_path / "run") == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "9 training, 3 validation, 3 test images" in text
+
+
+def test_flip_none_keeps_own_pictures_from_being_mirrored_in_any_view(shades):
+    settings = part2.Settings(dataset=str(shades), device="cpu", tta="shift")
+    for flip in ("random", "none"):
+        data = part2.load_data(replace(settings, flip=flip), None)
+        assert data.mirror == (flip == "random")
+
+
+def test_class_names_that_cannot_be_printed_are_refused(shades, tmp_path, capsys):
+    folder = shutil.copytree(shades, tmp_path / "odd")
+    (folder / "train" / "dark").rename(folder / "train" / "a\x1b[31m")
+    assert train(folder, tmp_path / "run") == 2
+    assert "cannot be printed" in error_line(capsys)
+
+
+def test_no_export_is_left_beside_that_of_another_network(
+    shades_run, tmp_path, untraced, monkeypatch, capsys
+):
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    (tmp_path / "model.onnx").write_text("of another network")
+    assert part2.main(["--export", str(shades_run), "--output-dir", str(tmp_path)]) == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"model.pt2"}
+    model = torch.export.load(tmp_path / "model.pt2").module()
+    assert not model(torch.zeros(1, 32, 32, 3, dtype=torch.uint8)).requires_grad
+    other = shutil.copytree(shades_run, tmp_path / "other")
+    capsys.readouterr()
+    assert part2.main(["--export", str(shades_run), "--output-dir", str(other)]) == 2
+    assert "holds a run" in error_line(capsys)
+
+
+def test_predictions_do_not_go_among_the_pictures(shades, shades_run, capsys):
+    folder = shades / "test" / "dark"
+    assert predict(shades_run, folder, folder) == 2
+    assert "holds the pictures" in error_line(capsys)
+    assert not (folder / "predictions.csv").exists()
+
+
+def test_without_a_run_predict_says_to_train_first(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert part2.main(["--predict", "cat.png"]) == 2
+    assert "train first" in error_line(capsys)
