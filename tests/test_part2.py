@@ -225,7 +225,7 @@ def test_the_committed_network_has_the_committed_accuracy(cifar, all_cores):
     network = part2.load_network(folder)
     here = {"device": settings.device, "precision": settings.precision}
     network = replace(network, settings=replace(network.settings, **here))
-    probs = part2.average_probs([network], cifar.test.images)
+    probs = part2.probabilities(network, cifar.test.images).numpy()
     labels = cifar.test.labels.numpy()
     share = part2.accuracy(labels, probs, cifar.classes)
     assert share == pytest.approx(metrics["accuracy"], abs=0.002)
