@@ -501,12 +501,12 @@ def mean_logits(network, images):
     views = [view for view in VIEWS[network.settings.tta] if network.mirror or not view[2]]
     *places, weights = zip(*views)
     each = torch.arange(images.shape[0], device=images.device)  # len would be fixed by an export
-    seen = torch.cat([
+    seen = [
         crop_and_flip(images, each, *(torch.full_like(each, value) for value in place), "reflect")
         for place in zip(*places)
-    ])  # fmt: skip
+    ]
     with autocast(network.settings):
-        logits = network.model(normalise(seen, network.mean, network.std)).float()
+        logits = network.model(normalise(torch.cat(seen), network.mean, network.std)).float()
     logits = logits.view(len(weights), -1, len(network.classes))
     return sum(weight / sum(weights) * part for weight, part in zip(weights, logits))
 
@@ -1760,7 +1760,7 @@ def plot_monitor(plt, result):
     for axes, kind, text in zip(
         grid,
         ("gradient", "weight", "silent"),
-        ("norm of the gradient (every tenth step)", "norm of the weights", "share of silent units"),
+        ("norm of the gradient (every 10th step)", "norm of the weights", "share of silent units"),
     ):
         layers = [key for key in rows if key.startswith(kind)]
         for i, key in enumerate(layers):
