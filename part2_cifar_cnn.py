@@ -538,8 +538,7 @@ class Result:
     split: str  # "test" or "val": which images
     metrics: dict  # as in metrics.json
     labels: np.ndarray  # int64 (n,), of the images
-    each: list  # of each network the probabilities, float32 (n, classes)
-    probs: np.ndarray  # float32 (n, classes), their average
+    probs: np.ndarray  # float32 (n, classes), the average of the networks
     firing: dict  # of the first network, on training images, as `firing` returns it
 
     @property
@@ -586,7 +585,7 @@ def evaluate(networks, data, split="test"):
     if len(each) == 2:
         metrics["comparison"] = compare(labels, *each, data.classes)
     metrics["suggestions"] = suggestions(networks)
-    return Result(networks, data, split, metrics, labels, each, probs, fires)
+    return Result(networks, data, split, metrics, labels, probs, fires)
 
 
 # %% The data sets
@@ -1047,13 +1046,13 @@ def firing(network, images):
     return {name: (count / len(images)).tolist() for name, count in fired.items()}
 
 
-def maps_of(network, image, smallest=3):
+def maps_of(network, image):
     """What the layers, pools aside, make of an image (1, h, w, 3): maps (d, h, w) by name."""
     model, maps = network.model, {}
     layers = {n: m for n, m in model.named_modules() if "Pool" not in type(m).__name__}
 
     def see(name, output):
-        if getattr(output, "ndim", 0) == 4 and min(output.shape[2:]) >= smallest:
+        if getattr(output, "ndim", 0) == 4 and min(output.shape[2:]) >= 3:
             maps.pop(name, None)  # in the order in which they end
             maps[name] = output[0].float().cpu()
 
@@ -1347,7 +1346,8 @@ def called(network, layer):
 
 def choice_text(result):
     """Say which epoch or which networks the accuracy is of, and how they were chosen."""
-    chosen_on, n = [network.settings.select_on for network in result.networks], len(result.each)
+    chosen_on = [network.settings.select_on for network in result.networks]
+    n = len(chosen_on)
     how = CHOSEN["test" if result.split in chosen_on else chosen_on[0]]
     if n == 1:
         return f"with epoch {result.metrics['best_epoch']}, {how}"

@@ -803,9 +803,9 @@ def files_of(paths):
     return files
 
 
-def likeliest(files, probs, classes, most=3):
+def likeliest(files, probs, classes):
     """A dict for each file: its name, and its likeliest classes with their probabilities."""
-    rows, top = [], probs.topk(min(most, len(classes)))
+    rows, top = [], probs.topk(min(3, len(classes)))
     for file, shares, labels in zip(files, top.values.tolist(), top.indices.tolist()):
         rows.append({"file": str(file)})
         for i, (share, label) in enumerate(zip(shares, labels), 1):
@@ -828,11 +828,11 @@ def tell_likeliest(rows, most, classes):
     )
 
 
-def short_name(file, most=16):
+def short_name(file):
     """The end of a file's name, for a column of a table."""
     name = Path(file).name
     name = name if name.isprintable() else ascii(name)
-    return name if len(name) <= most else f"...{name[3 - most :]}"
+    return name if len(name) <= 16 else f"...{name[-13:]}"
 
 
 def class_files(folder):
@@ -964,9 +964,9 @@ def channel_statistics(images):
     return tuple(mean), tuple(max(math.sqrt(v), 1 / 255) for v in var)  # never zero
 
 
-def some_of(items, most=10):
+def some_of(items):
     """The first few, in words."""
-    return ", ".join(items[:most]) + f" and {len(items) - most:,} more" * (len(items) > most)
+    return ", ".join(items[:10]) + f" and {len(items) - 10:,} more" * (len(items) > 10)
 
 
 # %% Plots
@@ -1371,10 +1371,10 @@ def _average(images, size, stride, padding=(0,), ceil=False, include=True, divis
     return F.avg_pool2d(images, size, stride, padding, ceil) * (math.prod(size) / divisor)
 
 
-def _check_export(name, model, images, expected, most=1e-5):
+def _check_export(name, model, images, expected):
     """RunFailed unless ``model`` gives what is expected for one image and for many."""
     for few in (images[:1], images):
         error = abs(model(few) - expected[: len(few)]).max().item()
-        if not error <= most:
+        if not error <= 1e-5:
             text = f"its probabilities are off by {error:.2g}, so it is not written"
             raise RunFailed(f"{name} does not compute what the network does: {text}")

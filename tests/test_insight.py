@@ -440,7 +440,7 @@ def test_figures_of_a_network_that_is_always_or_never_right(digits, result, caps
     found = {
         k: metric(result.labels, probs, digits.classes) for k, metric in part2.METRICS.items()
     }
-    changed = replace(result, probs=probs, each=[probs], metrics=result.metrics | found)
+    changed = replace(result, probs=probs, metrics=result.metrics | found)
     figures = {name: plot(plt, changed) for name, plot in part2.FIGURES.items()}
     plt.close("all")
     assert [k for k, figure in figures.items() if not figure] == ["08_mistakes"] * right

@@ -328,7 +328,7 @@ def test_the_training_curves_have_a_line_for_each_network(data):
         replace(network, history=history, path=Path(run, "best.pt"))
         for run, history in zip("ab", histories)
     ]
-    result = part2.Result(networks, data, "test", {"accuracy": 0.5}, None, None, None, {})
+    result = part2.Result(networks, data, "test", {"accuracy": 0.5}, None, None, {})
     figure = part2.plot_history(plt, result)
     lines = figure.axes[0].get_lines()[::2]  # the others mark the epoch that is kept
     assert [list(line.get_xdata()) for line in lines] == [[1, 2, 3]] * 2
