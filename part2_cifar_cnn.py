@@ -1405,16 +1405,15 @@ def tell_suggestions(rows):
     """Print what bought most for its time on CIFAR-10."""
     if not rows:
         return tell("The table of gains, of single runs on CIFAR-10, has nothing for this one.")
-    where = rows[0]["machine"]
     tell(
         "Points of test accuracy over the baseline on CIFAR-10 (+- standard deviation over the "
-        f"seeds) and seconds of training ({where}), most points for their time first; from "
-        "outputs/ablation/gains.csv."
+        "seeds) and seconds of training, most points for their time first; from "
+        "outputs/ablation/gains.csv, which names the machine of each."
     )
     for row in rows:
         gain = f"+{row['points']:.1f}" + f" +- {row['deviation']}" * bool(row["deviation"])
-        elsewhere = f" ({row['machine']})" * (row["machine"] != where)
-        say(f"  {gain:<12} {float(row['seconds']):>6.0f} s  {row['flags']}{elsewhere}")
+        text = f"  {gain:<12} {float(row['seconds']):>6.0f} s  {row['flags']}"
+        say(textwrap.fill(text, 80, subsequent_indent=" " * 25, break_on_hyphens=False))
 
 
 # %% 9. Files

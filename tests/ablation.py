@@ -54,6 +54,7 @@ CHANGES = {
         {"optimizer": "muon", "lr": 0.1, "momentum": 0.6}, {"label_smoothing": 0.1},
         {"grad_clip": 1.0}, {"ema": 0.99}, {"tta": "flip"}, {"tta": "shift"}, {"epochs": 20},
         {"model": "tuned"}, {"evaluate": 3},
+        {"lr": 0.00137, "warmup_epochs": 0.6, "dropout": 0.005, "batch_size": 64},
     ],
     "tuned": [{}, {"tta": "none"}],
     "strong": [
@@ -373,6 +374,8 @@ def strategies_table(gains):
 def strategy_of(change):
     """The strategy that a change belongs to; a new option is a strategy of its own."""
     names = [name for name, settings in STRATEGIES.items() if settings & change.keys()]
+    if len(names) > 1:
+        return "several at once, found by a search"
     return names[0] if names else change_name(change).replace("_", " ")
 
 
