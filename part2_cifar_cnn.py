@@ -226,13 +226,14 @@ def batches(data, settings, epoch, size=None):
 
     Yields
     ------
-    images : Tensor of float32, shape (b, 3, 32, 32), channels-last
-        Normalised; b is ``size``, by default the settings' batch size, or less at the end.
+    images : Tensor of float32, shape (b, 3, side, side), channels-last
+        Normalised, with the side that `side_in` says; b is ``size``, by default the settings'
+        batch size, or less at the end.
     targets : Tensor
         Labels, int64 (b,), or of mixed images the shares of the classes, float (b, classes).
     """
     n, device = len(data.train), data.train.labels.device
-    size = min(size or settings.batch_size, n)
+    size, side = min(size or settings.batch_size, n), side_in(settings, epoch)
     drawn = draw_epoch(n, settings, data.mirror, epoch)
     drawn = {name: part.to(device).split(size) for name, part in drawn.items()}
     torch.manual_seed(derive_seed(settings.seed, LAYERS, epoch))  # for dropout and mixup
@@ -244,13 +245,20 @@ def batches(data, settings, epoch, size=None):
             if (augment := option.metadata.get("augment")) and getattr(settings, option.name):
                 strength = getattr(settings, option.name)
                 images, targets = augment(images, targets, strength, cut, len(data.classes))
-        yield images, targets
+        yield resize(images, side), targets
 
 
 def normalise(images, mean, std):
     """Bytes (b, h, w, 3) to zero mean and unit deviation, float32 (b, 3, h, w) channels-last."""
     mean, std = (on_device(tuple(values), images.device) for values in (mean, std))
     return ((images - mean) / std).permute(0, 3, 1, 2)
+
+
+def resize(images, side):
+    """Images, float (b, 3, h, w), with another side in pixels; smoothed where that is smaller."""
+    if images.shape[-1] == side:
+        return images
+    return F.interpolate(images, side, mode="bilinear", antialias=side < images.shape[-1])
 
 
 # %% 3. Training: the loop
@@ -292,7 +300,7 @@ class Training:
         """The network that is judged and kept: the averaged one, where weights are averaged."""
         model, data = self.average.module if self.average else self.model, self.data
         about = data.classes, data.mean, data.std, data.mirror
-        return Network(model, self.settings, *about, self.history)
+        return Network(model, self.settings, *about, self.history, len(self.history))
 
 
 def train(training, folder, events=False):
@@ -430,6 +438,7 @@ class Network:
     std: tuple
     mirror: bool
     history: list  # a dict for each epoch
+    epoch: int  # whose weights these are
     path: Path = None  # the file that holds it
     version: dict = None  # what tells it from other trainings
 
@@ -443,6 +452,11 @@ class Network:
         """Number of weights and biases."""
         return sum(p.numel() for p in self.model.parameters())
 
+    def input_of(self, images):
+        """What the network takes, float (b, 3, side, side), of images as uint8 (b, h, w, 3)."""
+        last = side_in(self.settings, self.settings.epochs)
+        return resize(normalise(images, self.mean, self.std), last)
+
     @property
     def name(self):
         """The run's folder, or the file that holds it."""
@@ -451,7 +465,7 @@ class Network:
     @property
     def kept(self):
         """The row of history.csv of the epoch that was kept."""
-        return self.history[best_epoch(self.history) - 1]
+        return self.history[self.epoch - 1]
 
     @property
     def temperature(self):
@@ -480,9 +494,14 @@ def predict(network, images, batch=500):
 
     ``images`` are uint8 (n, 32, 32, 3), on the device of the network; logits float32 (n, classes).
     """
-    size = batch // len(VIEWS[network.settings.tta])
+    first, *others = views_of(network)
     with judging(network.model):
-        return torch.cat([mean_logits(network, part) for part in images.split(size)])
+        logits = torch.cat([see(network, part, [first]) for part in images.split(batch)])
+        if others:
+            (unsure,) = is_unsure(network, logits).nonzero(as_tuple=True)
+            for part in unsure.split(batch // len(others)):
+                logits[part] = with_others(network, images[part], logits[part])
+    return logits
 
 
 @contextmanager
@@ -496,9 +515,25 @@ def judging(model):
         model.train(mode)
 
 
-def mean_logits(network, images):
-    """Average the logits of a few images over the views, all seen at once."""
-    views = [view for view in VIEWS[network.settings.tta] if network.mirror or not view[2]]
+def views_of(network):
+    """The views of its settings; none is mirrored where that would be of another class."""
+    return [view for view in VIEWS[network.settings.tta] if network.mirror or not view[2]]
+
+
+def is_unsure(network, logits):
+    """Of each image, whether the first view's logits (n, classes) leave it open; (n,)."""
+    return logits.softmax(1).amax(1) <= network.settings.tta_below
+
+
+def with_others(network, images, logits):
+    """Average the first view's logits of a few images with those of the other views."""
+    views = views_of(network)
+    share = views[0][-1] / sum(view[-1] for view in views)
+    return share * logits + (1 - share) * see(network, images, views[1:])
+
+
+def see(network, images, views):
+    """Average the logits of a few images over ``views``, all seen at once."""
     *places, weights = zip(*views)
     each = torch.arange(images.shape[0], device=images.device)  # len would be fixed by an export
     seen = [
@@ -506,7 +541,7 @@ def mean_logits(network, images):
         for place in zip(*places)
     ]
     with autocast(network.settings):
-        logits = network.model(normalise(torch.cat(seen), network.mean, network.std)).float()
+        logits = network.model(network.input_of(torch.cat(seen))).float()
     logits = logits.view(len(weights), -1, len(network.classes))
     return sum(weight / sum(weights) * part for weight, part in zip(weights, logits))
 
@@ -703,6 +738,13 @@ def draw_epoch(n, settings, mirror, epoch):
     return dict(zip(names, (order, top, left, mirrored, cut_top, cut_left)))
 
 
+def side_in(settings, epoch):
+    """Side in pixels of the images that the network sees in an epoch, from 1 on."""
+    sides, shares = zip(*stages(settings.image_size))
+    stage = np.searchsorted(np.cumsum(shares) * settings.epochs, epoch - 0.5)
+    return sides[min(stage, len(sides) - 1)]
+
+
 def crop_and_flip(images, index, top, left, mirrored, fill="black"):
     """Shift and mirror each chosen image, all in one gather.
 
@@ -721,8 +763,7 @@ def crop_and_flip(images, index, top, left, mirrored, fill="black"):
     height, width = images.shape[1:3]
     rows = torch.arange(height, device=images.device) + top[:, None]  # (b, h)
     columns = torch.arange(width, device=images.device)
-    columns = torch.where(mirrored[:, None] > 0, columns.flip(0), columns)  # (b, w)
-    columns = columns + left[:, None]
+    columns = torch.where(mirrored[:, None] > 0, columns.flip(0), columns) + left[:, None]
     if fill == "reflect":
         rows = height - 1 - (height - 1 - rows.abs()).abs()
         columns = width - 1 - (width - 1 - columns.abs()).abs()
@@ -730,7 +771,7 @@ def crop_and_flip(images, index, top, left, mirrored, fill="black"):
     inside = inside & ((columns >= 0) & (columns < width))[:, None, :]  # (b, h, w)
     rows = rows.clamp(0, height - 1) + index[:, None] * height  # among the rows of all images
     pixels = rows[:, :, None] * width + columns.clamp(0, width - 1)[:, None, :]
-    chosen = images.view(-1, 3).index_select(0, pixels.view(-1))  # (b * h * w, 3)
+    chosen = images.view(-1, 3).index_select(0, pixels.view(-1))
     return chosen.view(*pixels.shape, 3).mul_(inside[..., None])
 
 
@@ -945,11 +986,11 @@ OPTIMIZERS = {  # functions of the trainable weights and the settings
     ),
     "muon": lambda w, s: Muon(w, s.lr, s.momentum, s.weight_decay),
 }
-SCHEDULES = {  # after the warm-up, from the optimizer, the steps of an epoch and those that remain
-    "none": lambda optimizer, steps, rest: rates.ConstantLR(optimizer, factor=1.0),
-    "step": lambda optimizer, steps, rest: rates.StepLR(optimizer, 5 * steps, gamma=0.5),
-    "cosine": lambda optimizer, steps, rest: rates.CosineAnnealingLR(optimizer, T_max=rest),
-    "linear": lambda optimizer, steps, rest: rates.LinearLR(optimizer, 1.0, 0.0, rest),
+SCHEDULES = {  # after the warm-up, from the optimizer, the steps of an epoch and of each cycle
+    "none": lambda optimizer, steps, cycle: rates.ConstantLR(optimizer, factor=1.0),
+    "step": lambda optimizer, steps, cycle: rates.StepLR(optimizer, 5 * steps, gamma=0.5),
+    "cosine": lambda optimizer, steps, cycle: rates.CosineAnnealingWarmRestarts(optimizer, cycle),
+    "linear": lambda optimizer, steps, cycle: rates.LinearLR(optimizer, 1.0, 0.0, cycle),
 }
 
 
@@ -958,7 +999,7 @@ def build_scheduler(optimizer, settings, steps):
     warm = min(round(settings.warmup_epochs * steps), settings.epochs * steps // 2)
     schedule = SCHEDULES[settings.schedule]
     if not warm:
-        return schedule(optimizer, steps, settings.epochs * steps)
+        return schedule(optimizer, steps, settings.epochs * steps // settings.snapshots)
     rise = rates.LinearLR(optimizer, 1 / (warm + 1), 1.0, total_iters=warm)
     fall = schedule(optimizer, steps, settings.epochs * steps - warm)
     return rates.SequentialLR(optimizer, [rise, fall], milestones=[warm])
@@ -1057,7 +1098,7 @@ def maps_of(network, image):
             maps[name] = output[0].float().cpu()
 
     with judging(model), watching(layers, see), torch.no_grad():
-        model(normalise(image.to(network.device), network.mean, network.std))
+        model(network.input_of(image.to(network.device)))
     return maps
 
 
@@ -1081,8 +1122,8 @@ def grad_cam(network, images, labels, elementwise=True):
     """
     if not (names := list(maps_of(network, images[:1]))):
         return None
-    model, seen = network.model, {}
-    images = normalise(images.to(network.device), network.mean, network.std)
+    model, seen, sides = network.model, {}, images.shape[1:3]
+    images = network.input_of(images.to(network.device))
     layer = {"maps": model.get_submodule(names[-1])}
     with judging(model), torch.enable_grad(), watching(layer, seen.__setitem__):
         logits = model(images.requires_grad_())
@@ -1090,7 +1131,7 @@ def grad_cam(network, images, labels, elementwise=True):
         (slope,) = torch.autograd.grad(wanted, seen["maps"])
     weights = slope if elementwise else slope.mean((2, 3), keepdim=True)
     cam = (weights * seen["maps"]).sum(1, keepdim=True).relu().detach()
-    cam = F.interpolate(cam, images.shape[2:], mode="bilinear")[:, 0]
+    cam = F.interpolate(cam, sides, mode="bilinear")[:, 0]
     return (cam / cam.amax((1, 2), keepdim=True).clamp(min=1e-9)).cpu()
 
 
@@ -1189,7 +1230,8 @@ def verdict(train, test):
 
 def describe(networks, data):
     """What metrics.json says of the runs themselves."""
-    settings, seconds = networks[0].settings, sum(network.seconds for network in networks)
+    settings, runs = networks[0].settings, trainings(networks)
+    seconds = sum(network.seconds for network in runs)
     keys = ("dataset", "preset", "seed", "device", "precision", "epochs", "select_on")
     of_each = {
         "best_epoch": [network.kept["epoch"] for network in networks],
@@ -1204,8 +1246,38 @@ def describe(networks, data):
         "parameters": sum(network.n_parameters for network in networks),
         **{key: values[0] if one else values for key, values in of_each.items()},
         "train_seconds": seconds,
-        "images_per_second": len(data.train) * sum(len(n.history) for n in networks) / seconds,
+        "train_pflop": sum(train_pflop(network, len(data.train)) for network in runs),
+        "images_per_second": len(data.train) * sum(len(n.history) for n in runs) / seconds,
     }
+
+
+def trainings(networks):
+    """The networks without those that are earlier snapshots of another one."""
+    histories = [repr(network.history)[:-1] for network in networks]
+    alone = [sum(other.startswith(each) for other in histories) == 1 for each in histories]
+    return [network for network, each in zip(networks, alone) if each]
+
+
+def train_pflop(network, images):
+    """Operations of the training so far, in 1e15, with ``images`` in each epoch."""
+    epochs, classes = range(1, len(network.history) + 1), len(network.classes)
+    sides = [side_in(network.settings, epoch) for epoch in epochs]
+    each = {side: step_flops(network.settings, side, classes) for side in set(sides)}
+    return sum(each[side] for side in sides) * images / 1e15
+
+
+def step_flops(settings, side, classes=10):
+    """Operations of a training step for each image of ``side`` pixels, as torch counts them.
+
+    Nothing is computed: on the meta device tensors have shapes and no values. RuntimeError if the
+    network does not take images of that side.
+    """
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        model = build_model(asdict(settings) | {"classes": classes})
+        model(torch.zeros(2, 3, side, side)).sum().backward()
+    return counter.get_total_flops() / 2
 
 
 def describe_runs(networks, accuracies):
@@ -1452,6 +1524,7 @@ def save(training, folder):
     about = {"machine": utils.describe_machine(training.settings.device)}
     clear(folder)
     gone = ["best.pt", "last.pt"] * (len(history) == 1)  # of a run that this one replaces
+    gone += [path.name for path in folder.glob("snapshot-*.pt")] * bool(gone)
     for name in [*gone, "model.pt2", "model.onnx", "model-int8.onnx"]:
         (folder / name).unlink(missing_ok=True)
     if gone:
@@ -1465,8 +1538,17 @@ def save(training, folder):
     about |= contents(training.network) | {"data_md5": training.data.md5}
     parts = {name: part.state_dict() for name, part in training.parts.items()}
     utils.save_checkpoint(folder / "last.pt", **about | parts)
-    if best_epoch(history) == len(history):
+    keep(training, folder, about)
+
+
+def keep(training, folder, about):
+    """Write the network as best.pt if it is the best so far, as a snapshot if a cycle ends."""
+    settings, done = training.settings, len(training.history)
+    cycle, more = divmod(done * settings.snapshots, settings.epochs)
+    if best_epoch(training.history) == done:
         utils.save_checkpoint(folder / "best.pt", **about)
+    if settings.snapshots > 1 and not more:
+        utils.save_checkpoint(folder / f"snapshot-{cycle}.pt", **about)
 
 
 def clear(folder):
@@ -1502,7 +1584,8 @@ def load_network(path):
         model.load_state_dict(stored["model"])
         about = {key: stored[key] for key in ABOUT}
         check_history(stored["history"])
-        network = Network(model, settings_of(stored["config"]), **about, path=path)
+        settings, epoch = settings_of(stored["config"]), len(stored["history"])
+        network = Network(model, settings, **about, epoch=epoch, path=path)
         version = {"sha256": utils.sha256_of(path), "temperature": network.temperature}
         version |= {key: stored.get(key) for key in ("config", "data_md5", "machine")}
         return replace(network, version=version)
@@ -1562,13 +1645,12 @@ def restore(training, state, folder):
                 raise ValueError("the state of its optimizer has other shapes")
         if state.get("data_md5", training.data.md5) != training.data.md5:
             raise ValueError("its images or labels were others")
-        history = training.history = check_history(state["history"])
+        training.history = check_history(state["history"])
         about = {"machine": state["machine"], "data_md5": training.data.md5}
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
         text = f"{folder / 'last.pt'} does not fit this run ({error}): start it again"
         raise UserError(text) from error
-    if best_epoch(history) == len(history):  # a sudden end may have come before best.pt
-        utils.save_checkpoint(folder / "best.pt", **contents(training.network) | about)
+    keep(training, folder, contents(training.network) | about)  # if a sudden end came before
     if state["config"].get("threads") != training.settings.threads:
         before = state["config"].get("threads")
         tell(f"This run had {before} threads: with another number its last bits will differ.")
@@ -2082,10 +2164,16 @@ def export(a):
     images = torch.arange(5 * 32 * 32 * 3).mul(7919).to(torch.uint8).view(5, 32, 32, 3)
     expected = probabilities(network, images)  # before tracing, so that on_device holds numbers
     about = network.version | {"classes": network.classes}
-    utils.export_function(
-        lambda images: (mean_logits(network, images) / network.temperature).softmax(1),
-        *(network.model, images, expected, about, folder),
-    )
+    first, *others = views_of(network)
+
+    def answer(images):
+        logits = see(network, images, [first])
+        if others:
+            unsure = is_unsure(network, logits)[:, None]
+            logits = torch.where(unsure, with_others(network, images, logits), logits)
+        return (logits / network.temperature).softmax(1)
+
+    utils.export_function(answer, network.model, images, expected, about, folder)
 
 
 # %% Options
@@ -2115,6 +2203,22 @@ PRESETS = {
 }  # fmt: skip
 
 
+def stages(text):
+    """Sides of images and their shares of the epochs, of "24:0.5,32:0.5" or of one side alone."""
+    pairs = (part.partition(":")[::2] for part in text.split(","))
+    return [(int(side), float(share or 1)) for side, share in pairs]
+
+
+def image_size(text):
+    """Argparse type: what `stages` reads."""
+    with suppress(ValueError):
+        sides, shares = zip(*stages(text))
+        if min(sides) >= 8 and max(sides) <= 512 and math.isclose(sum(shares), 1, abs_tol=0.01):
+            return text
+    text = f"{text[:30]!r} is no side from 8 to 512, or sides with shares that add up to 1"
+    raise argparse.ArgumentTypeError(f"{text}, such as 24:0.5,32:0.5")
+
+
 def flag(default, kind, text, **how):
     """A field of `Settings` that is also an option; ``kind`` is its type or its choices."""
     how["type" if callable(kind) else "choices"] = kind
@@ -2141,6 +2245,12 @@ class Settings:
     model: str = flag("small", MODELS, "network; wide is strong with up to twice the filters")
     dropout: float = flag(0.5, number(0, 1, "[)"), "share of units dropped")
     # images
+    image_size: str = flag(
+        "32",
+        image_size,
+        "side of the images as the network sees them, or several in turn with their shares of "
+        "the epochs: 24:0.5,32:0.5",
+    )
     crop_padding: int = flag(4, integer(0, 16), "largest random shift in pixels")
     crop_fill: str = flag("black", ("black", "reflect"), "what a shift brings in")
     flip: str = flag("random", FLIPS, "mirroring; alternating mirrors every second epoch")
@@ -2158,6 +2268,7 @@ class Settings:
         SCHEDULES,
         "learning-rate schedule: step halves it every 5 epochs; cosine and linear end at 0",
     )
+    snapshots: int = flag(1, integer(1), "cosine cycles, each of which leaves a snapshot-N.pt")
     warmup_epochs: float = flag(0.0, number(0, 1e6), "epochs of linear rise, at most half of all")
     label_smoothing: float = flag(0.0, number(0, 1, "[)"), "share of the target spread evenly")
     grad_clip: float = flag(0.0, number(0), "largest norm of the gradient, 0 for any")
@@ -2167,6 +2278,9 @@ class Settings:
         "none",
         VIEWS,
         "test-time augmentation: average over mirrored, or mirrored and one-pixel-shifted, copies",
+    )
+    tta_below: float = flag(
+        1.0, number(0, 1), "do so only where an image's own largest probability is at most this"
     )
     # run
     seed: int = flag(42, integer(0, 2**128), "seed of every random draw")
@@ -2264,6 +2378,17 @@ def choose_settings(a):
         raise UserError(f"--mixup {settings.mixup:g} is too small: give 0 or at least 0.001")
     if "momentum" in given and settings.optimizer in ("adam", "adamw"):
         raise UserError(f"--momentum is for sgd and muon; {settings.optimizer} has its own")
+    uneven = settings.epochs % settings.snapshots or settings.warmup_epochs
+    if settings.snapshots > 1 and (settings.schedule != "cosine" or uneven):
+        raise UserError(
+            "--snapshots needs --schedule cosine, no warm-up, and epochs that it divides evenly"
+        )
+    for side, _ in stages(settings.image_size):
+        try:
+            step_flops(settings, side)
+        except RuntimeError:
+            text = f"the network {settings.model} does not take images of {side} pixels"
+            raise UserError(f"{text}: leave --image-size out, or try --model strong") from None
     if "crop_fill" in given and not settings.crop_padding:
         raise UserError("--crop-fill is for shifted images: give a --crop-padding, too")
     utils.check_output(folder)

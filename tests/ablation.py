@@ -25,6 +25,8 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from bench_part2 import matmul_peak  # noqa: E402
+
 import part2_cifar_cnn as part2  # noqa: E402
 from utils import (  # noqa: E402
     BLUE,
@@ -79,14 +81,17 @@ STRATEGIES = {
     "averages of weights or of views": {"ema", "tta"},
 }
 
-# Name, test accuracy in percent, seconds of training as published, on what; height of the label.
+# Name, test accuracy in percent, seconds of training as published, on what, PFLOP; the heights of
+# the labels in points, in the two panels.
 PUBLISHED = (
-    ("hiverge cifar10-speedrun", 94.01, 2.0, "A100", 22),
-    ("airbench94, Muon", 94.01, 2.6, "A100", 10),
-    ("airbench94", 94.01, 3.8, "A100", -18),
-    ("airbench96", 96.03, 35, "A100", 10),
-    ("cifar10-fast", 94.1, 26, "V100", -18),
-    ("slatteryjim, two convolutions", 71.87, 197, "8-core Ryzen", 10),
+    ("hiverge cifar10-speedrun", 94.01, 2.0, "A100", 0.26, 30, 34),
+    ("airbench94, Muon", 94.01, 2.6, "A100", 0.29, 16, 22),
+    ("airbench94", 94.01, 3.8, "A100", 0.36, -20, -20),
+    ("airbench95", 95.01, 10.4, "A100", 1.4, -20, -20),
+    ("airbench96, data filtered", 96.00, 27.3, "A100", 3.1, 22, -20),
+    ("airbench96", 96.03, 34.7, "A100", 4.9, 10, 10),
+    ("cifar10-fast", 94.1, 26, "V100", None, -18, None),
+    ("slatteryjim, two convolutions", 71.87, 197, "8-core Ryzen", None, 10, None),
 )
 
 
@@ -152,6 +157,7 @@ def measure(a):
     output_folder(a.table.parent)
     here = part2.prepare_machine(part2.Settings(dataset=a.dataset, select_on="last"))
     data = part2.load_data(here, a.data_dir)
+    peak = round(matmul_peak(getattr(part2.torch, here.precision)))
     for preset, change, seed in runs + averages:
         name = name_of(preset, change, seed) | {"dataset": a.dataset, "machine": machine(here)}
         if has_row(read_table(a.table), name):
@@ -165,8 +171,9 @@ def measure(a):
         rows = read_table(a.table)
         if not has_row(rows, name):  # otherwise another process made it meanwhile
             about = {key: metrics[key] for key in ("epochs", "parameters")}
+            about |= {"peak_gflops": peak, "train_pflop": f"{metrics['train_pflop']:.4f}"}
             about["test_accuracy"] = metrics["accuracy"]
-            about |= {"commit": "", "train_seconds": round(metrics["train_seconds"], 1)}
+            about["train_seconds"] = round(metrics["train_seconds"], 1)
             rows.append(name | about)
             write_csv(a.table, {key: [row[key] for row in rows] for key in COLUMNS})
         seconds = metrics["train_seconds"]
@@ -218,9 +225,10 @@ def machine(here):
 
 # ------------------------------------------------------------------------ table
 
-# commit: that which made a row of a flag that is gone since
-COLUMNS = ("preset", "change", "value", "seed", "dataset", "machine", "commit", "epochs",
-           "parameters", "test_accuracy", "train_seconds")  # fmt: skip
+# peak_gflops: of a matrix product in the precision of the run
+COLUMNS = ("preset", "change", "value", "seed", "dataset", "machine", "peak_gflops", "epochs",
+           "parameters", "train_pflop", "test_accuracy", "train_seconds")  # fmt: skip
+NUMBERS = ("peak_gflops", "train_pflop", "test_accuracy", "train_seconds")
 
 
 def read_table(path):
@@ -229,7 +237,7 @@ def read_table(path):
         return []
     try:
         rows = [{key: row[key] for key in COLUMNS} for row in read_csv(path)]
-        return [row | {key: float(row[key]) for key in COLUMNS[-2:]} for row in rows]
+        return [row | {key: float(row[key]) for key in NUMBERS} for row in rows]
     except (ValueError, KeyError) as error:
         raise UserError(f"{path} is not the table of runs ({error!r}): restore it") from error
 
@@ -273,20 +281,21 @@ def measured_gains(rows, preset="baseline"):
         ``change`` (the settings, as text), ``runs``, ``accuracy`` and ``points`` (means in
         percent, the latter of the gain over the preset with the same seed and machine),
         ``accuracy_std`` and ``points_std`` (NaN for one run), ``seconds`` of training (median),
-        ``machine`` and ``commit``.
+        ``pflop`` of training, ``peak`` (share of it that is reached) and ``machine``.
     """
     runs = {}  # of each change and machine: accuracy in percent and seconds, by seed
     for row in rows:
         if row["dataset"] == "cifar10":
-            found = 100 * row["test_accuracy"], row["train_seconds"]
-            of = change_of(row), row["machine"], row["commit"]
-            runs.setdefault(of, {})[row["seed"]] = found
+            pace = row["train_pflop"] * 1e6 / row["train_seconds"]
+            found = 100 * row["test_accuracy"], row["train_seconds"], row["train_pflop"]
+            of = change_of(row), row["machine"]
+            runs.setdefault(of, {})[row["seed"]] = *found, pace / row["peak_gflops"]
     plain, gains = change_of({"preset": preset, "change": "", "value": ""}), []
-    for (change, where, commit), found in runs.items():
-        base = runs.get((plain, where, ""), {})
+    for (change, where), found in runs.items():
+        base = runs.get((plain, where), {})
         found = {seed: run for seed, run in found.items() if base.keys() >= set(seed.split())}
         if found:
-            about = {"change": dict(change), "machine": where, "commit": commit}
+            about = {"change": dict(change), "machine": where}
             gains.append(about | gain_of(found, base))
     return sorted(gains, key=lambda gain: -gain["points"])
 
@@ -299,7 +308,7 @@ def change_of(row):
 
 def gain_of(found, base):
     """An entry of `measured_gains`; an average of several seeds is compared with their mean."""
-    accuracy, seconds = np.array(list(found.values())).T
+    accuracy, seconds, pflop, peak = np.array(list(found.values())).T
     points = accuracy - [np.mean([base[each][0] for each in seed.split()]) for seed in found]
     return {
         "runs": len(found),
@@ -308,6 +317,8 @@ def gain_of(found, base):
         "points": points.mean(),
         "points_std": std_over_runs(points),
         "seconds": np.median(seconds),
+        "pflop": pflop.mean(),
+        "peak": np.median(peak),
     }
 
 
@@ -339,7 +350,7 @@ def write_gains(gains, path):
     gains = [
         gain
         for gain in gains
-        if gain["change"] and not gain["commit"]
+        if gain["change"]
         if len(gain["change"]) == 1
         or gain["points"] > as_it_is.get(gain["change"].get("preset"), -np.inf)
     ]
@@ -393,21 +404,22 @@ def presets_table(rows):
 def grouped_table(title, points, groups):
     """Lines of a Markdown table of gains; each group's name is in its first row."""
     return [
-        f"| {title} | flags | runs | test accuracy (%) | {points} | training seconds |",
-        "|---|---|---|---|---|---|",
+        f"| {title} | flags | runs | test accuracy (%) | {points} | training seconds | PFLOP | "
+        "share of the peak |",
+        "|---|---|---|---|---|---|---|---|",
     ] + [
         f"| {name if i == 0 else ''} | {flags_cell(gain)} | {gain['runs']} "
         f"| {gain['accuracy']:.2f}{spread_text(gain['accuracy_std'], 2)} "
-        f"| {gain_text(gain) if gain['change'] else ''} | {gain['seconds']:.0f} |"
+        f"| {gain_text(gain) if gain['change'] else ''} | {gain['seconds']:.0f} "
+        f"| {gain['pflop']:.3f} | {gain['peak']:.0%} |"
         for name, gains in groups.items()
         for i, gain in enumerate(gains)
     ]
 
 
 def flags_cell(gain):
-    """A change in Markdown, with the commit that made it where its flag is gone since."""
-    flags = f"`{flags_of(gain['change'])}`" if gain["change"] else "as it is"
-    return flags + f" (commit {gain['commit']})" * bool(gain["commit"])
+    """A change in Markdown."""
+    return f"`{flags_of(gain['change'])}`" if gain["change"] else "as it is"
 
 
 def gain_text(gain):
@@ -421,42 +433,39 @@ def spread_text(std, digits):
 
 
 def plot(plt, gains):
-    """Accuracy against training seconds of each preset, the best run and each published peer."""
-    best = gains[0]
-    figure, axes = plt.subplots(figsize=(10, 5.5))
-    for gain in gains:
-        alike = gain["machine"] == best["machine"] and gain["change"].keys() <= {"preset"}
-        if gain is best or alike:
-            point = gain["seconds"], gain["accuracy"]
+    """Accuracy against seconds and PFLOP: each preset where it was fastest, and published ones."""
+    presets = {}
+    for gain in sorted(gains, key=lambda gain: -gain["seconds"]):
+        if gain["change"].keys() <= {"preset"}:
+            presets[gain["change"].get("preset", "baseline")] = gain
+    figure, panels = plt.subplots(1, 2, figsize=(14, 6.5), sharey=True)
+    for axes, key, place in zip(panels, ("seconds", "pflop"), (2, 4)):
+        for name, gain in presets.items():
+            point = gain[key], gain["accuracy"]
             axes.plot(*point, "o", color=BLUE, markersize=9)
-            how = {"xytext": (0, 12 if gain is best else -22), "textcoords": "offset points"}
-            text = f"{name_on_plot(gain['change'])} (n = {gain['runs']})"
-            axes.annotate(text, point, ha="center", **how)
-    for name, accuracy, seconds, where, height in PUBLISHED:
-        axes.plot(seconds, accuracy, "D", color=ORANGE, markerfacecolor="white", markersize=8)
-        how = {"xytext": (0, height), "textcoords": "offset points", "fontsize": 8}
-        axes.annotate(f"{name} ({where})", (seconds, accuracy), ha="center", **how)
-    axes.plot([], [], "o", color=BLUE, label="this project, two CPU cores")
-    axes.plot([], [], "D", color=ORANGE, markerfacecolor="white", label="as published")
-    axes.set(
-        xscale="log",
-        xlim=(0.5, 30_000),
-        xticks=[1, 10, 100, 1_000, 10_000],
-        xticklabels=["1", "10", "100", "1,000", "10,000"],
-        ylim=(66, 98),
-        xlabel="seconds of training",
-        ylabel="test accuracy (%)",
-        title=f"CIFAR-10: {best['accuracy']:.2f}% in {best['seconds'] / 60:.0f} minutes "
-        f"without a GPU ({name_on_plot(best['change'])})",
+            how = {"xytext": (0, -22), "textcoords": "offset points"}
+            axes.annotate(f"{name} (n = {gain['runs']})", point, ha="center", **how)
+        for name, accuracy, *about in PUBLISHED:
+            if (value := about[place - 2]) is not None:
+                axes.plot(
+                    value, accuracy, "D", color=ORANGE, markerfacecolor="white", markersize=8
+                )
+                text = f"{name} ({about[1]})" if key == "seconds" else name
+                how = {"xytext": (0, about[3 + place // 4]), "textcoords": "offset points"}
+                axes.annotate(text, (value, accuracy), ha="center", fontsize=8, **how)
+        axes.set(xscale="log", ylim=(66, 98.5))
+        axes.xaxis.set_major_formatter("{x:,g}")
+    seconds, pflop = panels
+    seconds.plot([], [], "o", color=BLUE, label="this project, two CPU cores")
+    seconds.plot([], [], "D", color=ORANGE, markerfacecolor="white", label="as published")
+    seconds.set(xlim=(0.5, 30_000), xlabel="seconds of training", ylabel="test accuracy (%)")
+    pflop.set(xlim=(0.006, 20), xlabel="operations of training (PFLOP), whatever the machine")
+    best = max(presets.values(), key=lambda gain: gain["accuracy"])
+    figure.suptitle(
+        f"CIFAR-10: {best['accuracy']:.2f}% in {best['seconds'] / 60:.0f} minutes without a GPU "
+        f"({best['change'].get('preset', 'baseline')})"
     )
     return figure
-
-
-def name_on_plot(change):
-    """A preset's or its other network's name, with the number of epochs if changed."""
-    epochs = f", {change['epochs']} epochs" if "epochs" in change else ""
-    networks = f"{change['ensemble']} of " if "ensemble" in change else ""
-    return f"{networks}{change.get('model') or change.get('preset', 'baseline')}{epochs}"
 
 
 if __name__ == "__main__":

@@ -14,8 +14,8 @@ float32 with the numbers rounded that autocast would hold in bfloat16, to learn 
 any machine what that does to the accuracy. All train on the 50,000 images and are
 tested once, after the last epoch. Prints one line per run, with the memory of its
 largest process, the share of a matrix product's speed in its precision that the whole
-training step reaches, and the number of the 64 hidden units that no test image makes fire,
-then means and standard deviations.
+training step reaches, the number of the 64 hidden units that no test image makes fire, and
+the test images judged in a second; then means and standard deviations.
 """
 
 import argparse
@@ -35,7 +35,7 @@ SIDES = ("plain", "ours", "torchvision", "order", "warmup", "float32", "bfloat16
 
 
 def run_plain(data_dir, epochs, seed):
-    """What most people write; seconds of each epoch, test accuracy, dead hidden units."""
+    """What most people write; seconds of each epoch, and what `tested` returns."""
     import torch
     from torch import nn
     from torchvision import datasets, transforms
@@ -91,10 +91,11 @@ def plain_network(dropout, classes):
 
 
 def tested(model, batches):
-    """Accuracy, and how many units of the hidden layer never fire."""
+    """Accuracy, units of the hidden layer that never fire, and images a second."""
     import torch
 
     model.eval()
+    start = time.perf_counter()
     right, n, fired = 0, 0, torch.zeros(64, dtype=torch.bool)
     with torch.inference_mode():
         for images, labels in batches:
@@ -102,7 +103,7 @@ def tested(model, batches):
             right += (model[11:](hidden).argmax(1) == labels).sum().item()
             fired |= (hidden > 0).any(0)
             n += len(labels)
-    return right / n, 64 - fired.sum().item()
+    return right / n, 64 - fired.sum().item(), n / (time.perf_counter() - start)
 
 
 def prepare_ours(data_dir, **options):
@@ -135,7 +136,11 @@ def run_ours(data_dir, epochs, seed, side):
         for images, labels in zip(data.test.images.split(500), data.test.labels.split(500))
     )
     with part2.autocast(settings):
-        return [row["seconds"] for row in training.history], *tested(training.model, batches)
+        right, dead, _ = tested(training.model, batches)
+    start = time.perf_counter()
+    part2.predict(training.network, data.test.images)
+    pace = len(data.test) / (time.perf_counter() - start)
+    return [row["seconds"] for row in training.history], right, dead, pace
 
 
 def precision_of(side):
@@ -208,16 +213,13 @@ def profile(data_dir, steps=50):
 def child(side, data_dir, epochs, seed):
     """One run in this process; prints its result as JSON."""
     run = run_plain if side == "plain" else lambda *args: run_ours(*args, side)
-    seconds, accuracy, dead = run(data_dir, epochs, seed)
+    seconds, accuracy, dead, judged = run(data_dir, epochs, seed)
     peaks = (
         resource.getrusage(who).ru_maxrss
         for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
     )
-    print(
-        json.dumps(
-            {"seconds": seconds, "accuracy": accuracy, "dead": dead, "megabytes": max(peaks) / 1e3}
-        )
-    )
+    found = {"seconds": seconds, "accuracy": accuracy, "dead": dead, "judged": judged}
+    print(json.dumps(found | {"megabytes": max(peaks) / 1e3}))
 
 
 def matmul_peak(dtype, size=2048, repeats=5):
@@ -231,19 +233,6 @@ def matmul_peak(dtype, size=2048, repeats=5):
         a @ b
         times.append(time.perf_counter() - start)
     return 2 * size**3 / min(times) / 1e9
-
-
-def flops_per_image():
-    """Multiplications and additions of one training image, forward and backward."""
-    import torch
-    from torch.utils.flop_counter import FlopCounterMode
-
-    import part2_cifar_cnn as part2
-
-    model = part2.build_model({"model": "small", "dropout": 0.5})
-    with FlopCounterMode(display=False) as counter:
-        model(torch.zeros(128, 3, 32, 32)).sum().backward()
-    return counter.get_total_flops() / 128
 
 
 @command
@@ -268,14 +257,17 @@ def main(argv=None):
         name: matmul_peak(getattr(torch, name))
         for name in sorted({"float32", *map(precision_of, a.sides)})
     }
-    operations = flops_per_image() * 50_000
+    import part2_cifar_cnn as part2
+
+    operations = part2.step_flops(part2.Settings(), 32) * 50_000
     print(
         "matrix product: "
         + ", ".join(f"{v:.0f} GFLOP/s in {k}" for k, v in peaks.items())
         + f"; {torch.get_num_threads()} threads, torch {torch.__version__}"
     )
     print(
-        "side         seed  s/epoch  images/s  peak MB  test accuracy  share of peak  dead",
+        "side         seed  s/epoch  images/s  peak MB  test accuracy  share of peak  dead"
+        "  judged/s",
         flush=True,
     )
     for seed in range(a.seeds):
@@ -303,7 +295,7 @@ def main(argv=None):
             print(
                 f"{side:<12} {seed:>4} {pace:>8.2f} {50_000 / pace:>9.0f} "
                 f"{result['megabytes']:>8.0f} {result['accuracy']:>14.2%} {share:>14.0%} "
-                f"{result['dead']:>5}",
+                f"{result['dead']:>5} {result['judged']:>9.0f}",
                 flush=True,
             )
     for side, runs in results.items():

@@ -26,7 +26,8 @@ RUNS = (  # preset, change, value, seed, data set, test accuracy
     ("baseline", "cutout", "8", "7", "cifar10", 0.99),  # no baseline with this seed
 )
 KEYS = ("preset", "change", "value", "seed", "dataset", "test_accuracy")
-SAME = {"machine": "here", "commit": "", "epochs": 10, "parameters": 1, "train_seconds": 100.0}
+SAME = {"machine": "here", "peak_gflops": 800.0, "epochs": 10, "parameters": 1}
+SAME |= {"train_pflop": 0.02, "train_seconds": 100.0}
 ROWS = [dict(zip(KEYS, run)) | SAME for run in RUNS]
 
 
@@ -62,7 +63,7 @@ def suggested(monkeypatch, folder, rows=ROWS, **options):
     ablation.write_gains(ablation.measured_gains(rows), table)
     monkeypatch.setattr(part2, "GAINS", table)
     settings = Settings(**{"dataset": "cifar10"} | options)
-    networks = [Network(None, settings, (), (), (), True, [])]
+    networks = [Network(None, settings, (), (), (), True, [], 0)]
     return [row["flags"] for row in part2.suggestions(networks)]
 
 
@@ -84,7 +85,7 @@ def test_suggestions_are_what_the_run_lacks_and_may_gain_from(monkeypatch, tmp_p
 
 def test_suggestions_are_in_the_metrics_and_a_missing_table_costs_nothing(monkeypatch, tmp_path):
     monkeypatch.setattr(part2, "GAINS", tmp_path / "none.csv")
-    networks = [Network(None, Settings(dataset="cifar10"), (), (), (), True, [])]
+    networks = [Network(None, Settings(dataset="cifar10"), (), (), (), True, [], 0)]
     assert part2.suggestions(networks) == []
 
 
@@ -111,10 +112,11 @@ def test_the_report_has_each_change_a_plot_and_the_gains(tmp_path, capsys):
     assert ablation.main(["--report", "--table", str(table)]) == 0
     text = capsys.readouterr().out
     assert text.splitlines()[2:5] == [
-        "| 1. another network | `--preset strong` | 1 | 94.00 | +26.0 | 100 |",
-        "| 2. less dropout | `--dropout 0.1` | 2 | 73.00 +- 0.00 | +4.0 +- 1.4 | 100 |",
+        "| 1. another network | `--preset strong` | 1 | 94.00 | +26.0 | 100 | 0.020 | 25% |",
+        "| 2. less dropout | `--dropout 0.1` | 2 | 73.00 +- 0.00 | +4.0 +- 1.4 | 100 | 0.020 "
+        "| 25% |",
         "| 3. another optimizer, decay, clipping | `--optimizer sgd --lr 0.05` | 1 | 69.00 "
-        "| -1.0 | 100 |",
+        "| -1.0 | 100 | 0.020 | 25% |",
     ]
     with open(tmp_path / "gains.csv", newline="") as file:
         gains = list(csv.DictReader(file))
@@ -131,7 +133,7 @@ def test_every_change_of_the_table_belongs_to_one_strategy_but_that_of_a_search(
 
 def test_summary_and_gains_show_the_committed_table(tmp_path):
     rows = ablation.read_table(ablation.TABLE)
-    runs = [tuple(row[key] for key in ablation.COLUMNS[:7]) for row in rows]
+    runs = [tuple(row[key] for key in ablation.COLUMNS[:6]) for row in rows]
     assert len(set(runs)) == len(runs)
     summary = (Path(part2.__file__).parent / "SUMMARY.md").read_text(encoding="utf-8")
     gains = ablation.measured_gains(rows)

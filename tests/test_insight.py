@@ -26,7 +26,7 @@ def network_with(model, data, **options):
     about = data.classes, data.mean, data.std, data.mirror
     row = {"epoch": 1, "val_accuracy": math.nan, "val_loss": math.nan, "temperature": 1.0}
     settings = Settings(**{"device": "cpu", "precision": "float32"} | options)
-    return Network(model, settings, *about, history=[row])
+    return Network(model, settings, *about, history=[row], epoch=1)
 
 
 @pytest.fixture(scope="module")

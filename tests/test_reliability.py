@@ -179,6 +179,7 @@ FLAGS = [
     f"--preset resnet18 --model small {SHORT}",
     "--optimizer sgd --schedule cosine --warmup-epochs 1 --grad-clip 1 --select-on test",
     "--optimizer adamw --schedule none --mixup 0.2 --cutout 8 --seed 3 --select-on last",
+    "--model strong --image-size 28:0.5,32:0.5 --schedule cosine --epochs 4 --snapshots 2",
     "--ema 0.9 --flip alternating --crop-fill reflect --tta shift --precision bfloat16",
 ]
 

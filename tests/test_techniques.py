@@ -1,6 +1,7 @@
 """Each technique of part2_cifar_cnn.py against its definition, written out."""
 
 import copy
+import json
 import math
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import first, run_epoch, state_of
+from helpers import error_line, first, quick_runs, run, run_epoch, state_of
 from torch import nn
 
 import part2_cifar_cnn as part2
@@ -124,6 +125,40 @@ def test_cutout_and_fill_reach_the_batch(data):
     corners = drawn["cut_top"], drawn["cut_left"]
     assert torch.equal(cut, part2.cut_out(shifted.clone(), None, 8, corners, 10)[0])
     assert not torch.equal(cut, shifted) and not torch.equal(reflected, plain)
+
+
+def test_images_have_the_sides_asked_for_in_turn(data):
+    settings = replace(SETTINGS, epochs=8, image_size="20:0.375,24:0.375,32:0.25")
+    assert [part2.side_in(settings, i + 1) for i in range(8)] == [20] * 3 + [24] * 3 + [32] * 2
+    assert {part2.side_in(SETTINGS, i + 1) for i in range(SETTINGS.epochs)} == {32}
+    thirds = replace(SETTINGS, epochs=3, image_size="20:0.33,24:0.33,32:0.33")
+    assert [part2.side_in(thirds, i + 1) for i in range(3)] == [20, 24, 32]
+    whole, _ = next(batches(data, SETTINGS, 1, size=50))
+    for side, gap in ((16, 0.05), (64, 0.15)):
+        images, _ = next(batches(data, replace(SETTINGS, image_size=f"{side}"), 1, size=50))
+        assert images.shape == (50, 3, side, side)
+        assert images.is_contiguous(memory_format=torch.channels_last)
+        assert abs(images.mean((2, 3)) - whole.mean((2, 3))).max() < gap  # the same pictures
+        again = part2.resize(images, 32)
+        assert torch.corrcoef(torch.stack([again.flatten(), whole.flatten()]))[0, 1] > 0.9
+    model = build_model(asdict(replace(SETTINGS, model="resnet18")))
+    network = network_with(model, data, image_size="16:0.5,64:0.5")
+    assert network.input_of(data.train.images[:3]).shape == (3, 3, 64, 64)
+    assert part2.predict(network, data.train.images[:3]).shape == (3, 10)
+    cam = part2.grad_cam(network, data.train.images[:3], torch.tensor([1, 2, 3]))
+    assert cam.shape == (3, 32, 32)
+
+
+@pytest.mark.parametrize("text", ["7", "513", "24:0.5", "24:0.5,32:0.6", "", "a:b", "24,32"])
+def test_other_sides_are_refused(text, tmp_path, capsys):
+    assert run(tmp_path, f"--image-size={text}") == 2
+    assert "24:0.5,32:0.5" in error_line(capsys) and not any(tmp_path.iterdir())
+
+
+def test_a_network_that_needs_whole_images_says_so(tmp_path, capsys):
+    assert run(tmp_path, "--image-size", "24:0.5,32:0.5") == 2
+    assert "small does not take images of 24 pixels" in error_line(capsys)
+    assert not any(tmp_path.iterdir())
 
 
 def test_alternating_flip_shows_both_orientations_in_two_epochs():
@@ -247,7 +282,7 @@ def test_the_average_is_judged_with_all_views(data):
 def network_with(model, data, **options):
     """A trained network, as `part2.predict` takes it."""
     about = data.classes, data.mean, data.std, data.mirror
-    return part2.Network(model, replace(SETTINGS, **options), *about, history=[])
+    return part2.Network(model, replace(SETTINGS, **options), *about, history=[], epoch=1)
 
 
 @pytest.mark.parametrize("tta", ["flip", "shift"])
@@ -272,6 +307,27 @@ def test_six_views_written_out(data):
             expected = expected + weight * model(part2.normalise(view, data.mean, data.std))
     found = part2.predict(network_with(model, data, tta="shift"), data.train.images[:20])
     assert torch.allclose(found, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("tta", ["flip", "shift"])
+def test_only_images_that_are_unsure_have_other_views(data, tta):
+    """An image's answer does not depend on the images beside it."""
+    model, images = build_model(asdict(SETTINGS)), data.train.images[:150]
+    with torch.no_grad():
+        model[-1].weight.mul_(30)
+    plain, averaged = (
+        part2.predict(network_with(model, data, tta=views), images) for views in ("none", tta)
+    )
+    sure = plain.softmax(1).amax(1)
+    below = sure.median().item()
+    found = part2.predict(network_with(model, data, tta=tta, tta_below=below), images)
+    assert torch.allclose(found[sure <= below], averaged[sure <= below], atol=1e-4)
+    assert torch.equal(found[sure > below], plain[sure > below])
+    assert not torch.allclose(found[sure <= below], plain[sure <= below], atol=1e-2)
+    alone = part2.predict(network_with(model, data, tta=tta, tta_below=below), images[:1])
+    assert torch.allclose(alone, found[:1], atol=1e-4)
+    never = part2.predict(network_with(model, data, tta=tta, tta_below=0.0), images)
+    assert torch.equal(never, plain)
 
 
 def test_predictions_are_computed_in_the_precision_of_the_run(data):
@@ -325,7 +381,7 @@ def test_the_training_curves_have_a_line_for_each_network(data):
     ]
     network = network_with(None, data)
     networks = [
-        replace(network, history=history, path=Path(run, "best.pt"))
+        replace(network, history=history, epoch=len(history), path=Path(run, "best.pt"))
         for run, history in zip("ab", histories)
     ]
     result = part2.Result(networks, data, "test", {"accuracy": 0.5}, None, None, {})
@@ -432,9 +488,10 @@ def test_momentum_reaches_muon(data):
     assert training.optimizer.param_groups[0]["momentum"] == 0.7
 
 
-def rates_of(schedule, warmup_epochs=0.0, epochs=10, steps=10):
+def rates_of(schedule, warmup_epochs=0.0, epochs=10, steps=10, snapshots=1):
     """Learning rate of each step, for a rate of 1."""
     settings = replace(SETTINGS, schedule=schedule, warmup_epochs=warmup_epochs, epochs=epochs)
+    settings = replace(settings, snapshots=snapshots)
     optimizer = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=1.0)
     scheduler = part2.build_scheduler(optimizer, settings, steps)
     rates = []
@@ -452,9 +509,51 @@ def test_schedules_at_their_knots():
     assert rates == [1.0] * 50 + [0.5] * 50 and end == 0.25
     rates, end = rates_of("linear")
     assert rates == pytest.approx([1 - i / 100 for i in range(100)]) and end == pytest.approx(0)
-    rates, end = rates_of("cosine")
-    expected = [(1 + math.cos(math.pi * i / 100)) / 2 for i in range(100)]
-    assert rates == pytest.approx(expected) and end == pytest.approx(0, abs=1e-9)
+    rates, _ = rates_of("cosine")  # after its last step another cycle would begin
+    assert rates == pytest.approx([(1 + math.cos(math.pi * i / 100)) / 2 for i in range(100)])
+    rates, _ = rates_of("cosine", snapshots=2)
+    assert rates == pytest.approx([(1 + math.cos(math.pi * i / 50)) / 2 for i in range(50)] * 2)
+
+
+def test_snapshots_are_the_ends_of_the_cycles_and_count_as_one_training(few_digits, tmp_path):
+    with quick_runs(few_digits):
+        cycles = ["--schedule", "cosine", "--epochs", "4", "--snapshots", "2"]
+        assert run(tmp_path / "run", *cycles, "--select-on", "last") == 0
+        names = [tmp_path / "run" / f"snapshot-{i}.pt" for i in (1, 2)]
+        snapshots = [part2.load_network(name) for name in names]
+        assert [network.kept["epoch"] for network in snapshots] == [2, 4]
+        assert state_of(snapshots[1].model).equal(
+            state_of(part2.load_network(tmp_path / "run").model)
+        )
+        assert (
+            part2.main(["--evaluate", *map(str, names), "--output-dir", str(tmp_path / "both")])
+            == 0
+        )
+        whole, both = (
+            json.loads((tmp_path / f / "metrics.json").read_text()) for f in ("run", "both")
+        )
+        assert both["train_seconds"] == pytest.approx(whole["train_seconds"])
+        assert both["train_pflop"] == whole["train_pflop"] > 0
+        assert both["best_epoch"] == [2, 4] and both["networks"] == 2
+        names[0].unlink()
+        run(tmp_path / "run", "--epochs", "1", "--overwrite")
+        assert not list((tmp_path / "run").glob("snapshot-*"))
+
+
+@pytest.mark.parametrize(
+    "options",
+    ["", "--schedule cosine --epochs 3", "--schedule cosine --epochs 4 --warmup-epochs 1"],
+)
+def test_snapshots_without_whole_cycles_are_refused(options, tmp_path, capsys):
+    assert run(tmp_path, "--snapshots", "2", *options.split()) == 2
+    assert "--snapshots needs --schedule cosine" in error_line(capsys)
+
+
+def test_a_step_is_counted_in_operations():
+    """Of the baseline, written out: two operations for each product, forward and backward."""
+    first, second, dense = 32 * 27 * 32**2, 64 * 288 * 16**2, 4096 * 64 + 64 * 10
+    expected = 2 * (3 * (first + second + dense) - first)  # images need no gradient
+    assert part2.step_flops(SETTINGS, 32) == expected
 
 
 @pytest.mark.parametrize("schedule", ["none", "step", "linear", "cosine"])
@@ -464,7 +563,7 @@ def test_warmup_rises_evenly_to_the_full_rate_and_the_schedule_follows(schedule)
     assert rates[20] == pytest.approx(1)
     alone, _ = rates_of(schedule, epochs=8)
     assert rates[20:] == pytest.approx(alone, abs=1e-9)
-    assert end == pytest.approx({"none": 1, "step": 0.5}.get(schedule, 0), abs=1e-9)
+    assert end == pytest.approx({"step": 0.5, "linear": 0}.get(schedule, 1), abs=1e-9)
 
 
 def test_warmup_may_end_within_an_epoch():

@@ -401,7 +401,7 @@ def checkpoint(folder, preset, data, **change):
     model = part2.build_model(part2.config_of(settings, data.classes))
     about = data.classes, data.mean, data.std, data.mirror
     history = [dict.fromkeys(part2.HISTORY, 0.5) | {"epoch": 1, "temperature": 1.7}]
-    network = part2.Network(model, settings, *about, history)
+    network = part2.Network(model, settings, *about, history, len(history))
     with torch.no_grad():
         logits = part2.predict(
             replace(network, settings=replace(settings, device="cpu")), data.test.images
