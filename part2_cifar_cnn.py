@@ -65,6 +65,7 @@ WEIGHTS, ORDER, MIRRORS_ONCE, LAYERS, PLOTS = range(5)
 @command
 def main(argv=None):
     """Get settings and data, train, evaluate, report, save, draw."""
+    utils.join_processes()  # if torchrun has started several; the others wait for the first one
     a = parse_arguments(argv)
     if a.predict or a.export:
         return predict_pictures(a) if a.predict else export(a)  # of a network that is there
@@ -75,12 +76,17 @@ def main(argv=None):
         settings = prepare_machine(settings)
         data = load_data(settings, a.data_dir)
         settings = replace(settings, dataset=data.key)  # auto may have become the digits
-        folder = claim_folder(a, settings)
+        folder = run_folder(a, settings) if utils.rank() else claim_folder(a, settings)
         training = Training(settings, data)
         if stopped:
             restore(training, stopped, folder)
+        elif settings.weights != "none":
+            load_weights(training.model, settings)
         introduce(training)
+        utils.let_others_follow()
         train(training, folder, a.tensorboard)
+        if utils.rank():
+            return
         networks = [kept_network(folder, training)]
     result = evaluate(networks, data, a.split or "test")  # here the test images are used
     report(result)
@@ -112,13 +118,16 @@ def prepare_machine(settings):
         with suppress(OSError, AttributeError):  # another C library: only slower
             libc = ctypes.CDLL(None)
             libc.mallopt(-4, 0), libc.mallopt(-1, 2**31 - 1)  # M_MMAP_MAX, M_TRIM_THRESHOLD
+    if device.type == "cuda" and utils.processes() > 1:
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
     here = {"device": str(device), "precision": precision, "threads": torch.get_num_threads()}
     return replace(settings, **here)
 
 
 @dataclass(frozen=True)
 class Split:
-    """Images as uint8 (n, 32, 32, 3) and their labels as int64 (n,)."""
+    """Images as uint8 (n, side, side, 3), of CIFAR-10 32, and their labels as int64 (n,)."""
 
     images: torch.Tensor
     labels: torch.Tensor
@@ -153,11 +162,14 @@ class Data:
 
 def load_data(settings, folder):
     """Load the data set asked for onto the device and split it, once and for all."""
-    data = find_data(settings.dataset, folder)
+    data = find_data(settings, folder)
     both = {"train": data.train, "test": data.test}
     md5 = data.md5 or {k: utils.md5_of_arrays(*vars(v).values()) for k, v in both.items()}
     if settings.dataset not in DATASETS and settings.flip == "none":
         data = replace(data, mirror=False)  # of own pictures, in the views neither
+    if weights := trained_elsewhere(settings):
+        how = weights.transforms()  # which they were trained with
+        data = replace(data, mean=tuple(how.mean), std=tuple(how.std))
     data = set_aside(data, settings.select_on)
     held = f"{len(data.valid):,} validation, " * (settings.select_on == "val")
     tell(f"{data.name}: {len(data.train):,} training, {held}{len(data.test):,} test images.")
@@ -207,10 +219,14 @@ def small(dropout, classes):
 def build_model(config):
     """Build the network that a checkpoint's ``config`` describes, with random weights.
 
-    It maps normalised images, float (b, 3, 32, 32), to logits (b, classes); of ``config`` it needs
-    ``model``, a key of `MODELS`, ``dropout``, in [0, 1), and ``classes``, their number (10).
+    It maps normalised images, float (b, 3, side, side), to logits (b, classes); of ``config`` it
+    needs ``model``, a key of `MODELS` or torchvision:NAME, ``dropout``, in [0, 1), and
+    ``classes``, their number (10).
     """
-    return MODELS[config["model"]](config["dropout"], config.get("classes", 10))
+    name, classes = config["model"], config.get("classes", 10)
+    if name in MODELS:
+        return MODELS[name](config["dropout"], classes)
+    return of_torchvision(name.removeprefix(ELSEWHERE), config["dropout"], classes)
 
 
 def config_of(settings, classes):
@@ -234,10 +250,15 @@ def batches(data, settings, epoch, size=None):
     """
     n, device = len(data.train), data.train.labels.device
     size, side = min(size or settings.batch_size, n), side_in(settings, epoch)
-    drawn = draw_epoch(n, settings, data.mirror, epoch)
+    drawn = draw_epoch(n, settings, data.mirror, epoch, data.train.images.shape[1])
     drawn = {name: part.to(device).split(size) for name, part in drawn.items()}
-    torch.manual_seed(derive_seed(settings.seed, LAYERS, epoch))  # for dropout and mixup
-    for order, top, left, mirrored, *cut in zip(*drawn.values()):
+    rank, processes = utils.rank(), utils.processes()
+    own = [rank] * (processes > 1)  # for dropout and mixup
+    torch.manual_seed(derive_seed(settings.seed, LAYERS, epoch, *own))
+    for step in zip(*drawn.values()):
+        if len(step[0]) < processes:  # of a rest too small to share
+            continue
+        order, top, left, mirrored, *cut = (part[rank::processes] for part in step)
         place = order, top, left, mirrored
         images = crop_and_flip(data.train.images, *place, settings.crop_fill)
         images, targets = normalise(images, data.mean, data.std), data.train.labels[order]
@@ -276,7 +297,8 @@ class Training:
             whiten(self.model[0], normalise(first, data.mean, data.std))
         self.model.to(settings.device, memory_format=torch.channels_last)
         self.steps = -(-len(data.train) // settings.batch_size)  # the last one may be smaller
-        weights = [p for p in self.model.parameters() if p.requires_grad]
+        self.groups = groups_of(self.model, settings)
+        weights = [{"params": p, "lr": settings.lr / 3**i} for i, (_, p) in enumerate(self.groups)]
         self.optimizer = OPTIMIZERS[settings.optimizer](weights, settings)
         self.scheduler = build_scheduler(self.optimizer, settings, self.steps)
         self.average = average_of(self) if settings.ema else None
@@ -285,9 +307,10 @@ class Training:
 
     @property
     def layers(self):
-        """The weights of each layer that learns, by its name."""
-        weights = self.model.named_parameters()
-        return {n.removesuffix(".weight"): p for n, p in weights if p.ndim > 1 and p.requires_grad}
+        """The weights of each layer that learns or will, by its name."""
+        weights = {p for _, group in self.groups for p in group}
+        named = self.model.named_parameters()
+        return {n.removesuffix(".weight"): p for n, p in named if p.ndim > 1 and p in weights}
 
     @property
     def parts(self):
@@ -313,6 +336,9 @@ def train(training, folder, events=False):
                 start = time.monotonic()
                 row = train_epoch(training, pressed)
                 seconds = time.monotonic() - start
+                if utils.rank():
+                    history.append(row)
+                    continue
                 history.append(judge(training, row) | {"seconds": seconds})
                 save(training, folder)
                 if events:
@@ -340,14 +366,15 @@ def train_epoch(training, pressed=()):
     loss_sum = right = seen = gradients = 0
     start = shown = time.monotonic()
     model.train()  # dropout is on, and BatchNorm uses the statistics of the batch
+    unfreeze(training.groups, settings, epoch)
     for step, (images, targets) in enumerate(batches(training.data, settings, epoch)):
-        if pressed:
-            raise utils.Interrupted
         with autocast(settings):
             logits = model(images).float()  # (b, classes)
         loss = F.cross_entropy(logits, targets, label_smoothing=settings.label_smoothing)
         training.optimizer.zero_grad()  # or the gradients of all steps would add up
         loss.backward()
+        if utils.average_gradients(model.parameters(), len(images), stop=bool(pressed)):
+            raise utils.Interrupted
         if step % EVERY == 0:
             gradients += gradient_norms(layers)
         if settings.grad_clip:
@@ -366,13 +393,18 @@ def train_epoch(training, pressed=()):
         if time.monotonic() - shown > 0.5:
             check_finite(loss_sum, row)
             shown = time.monotonic()
-            bar = utils.progress_bar(seen, n, shown - start, later=(settings.epochs - epoch) * n)
+            seen_by_all = seen * utils.processes()
+            bar = utils.progress_bar(
+                seen_by_all, n, shown - start, later=(settings.epochs - epoch) * n
+            )
             utils.show_progress(f"  epoch {epoch} of {settings.epochs} {bar}")
+    sums = torch.stack([loss_sum, right, torch.full_like(loss_sum, seen)])
+    loss_sum, right, seen = utils.sum_over_processes(sums).tolist()
     check_finite(loss_sum, row)
     check_finite(sum(w.abs().sum() for w in model.state_dict().values()), row)
     utils.show_progress("")
     row["monitor"] = {"lr_start": row["lr"], "lr_end": lr} | norms_of(training, gradients)
-    return row | {"train_loss": loss_sum.item() / seen, "train_accuracy": right.item() / seen}
+    return row | {"train_loss": loss_sum / seen, "train_accuracy": right / seen}
 
 
 def check_finite(total, row):
@@ -492,7 +524,7 @@ VIEWS = {
 def predict(network, images, batch=500):
     """Logits of images, averaged over the views that the network's settings ask for.
 
-    ``images`` are uint8 (n, 32, 32, 3), on the device of the network; logits float32 (n, classes).
+    ``images`` are uint8 (n, h, w, 3), on the device of the network; logits float32 (n, classes).
     """
     first, *others = views_of(network)
     with judging(network.model):
@@ -578,7 +610,7 @@ class Result:
 
     @property
     def images(self):
-        """The images, uint8 (n, 32, 32, 3), on the CPU."""
+        """The images, uint8 (n, h, w, 3), on the CPU."""
         return (self.data.test if self.split == "test" else self.data.valid).images.cpu()
 
     @property
@@ -640,10 +672,11 @@ CIFAR10_MEAN = (0.49140, 0.48216, 0.44653)
 CIFAR10_STD = (0.24703, 0.24349, 0.26159)
 
 
-def find_data(name, folder):
+def find_data(settings, folder):
     """CIFAR-10, the digits or own pictures; "auto" falls back to the digits with a banner."""
+    name = settings.dataset
     if name not in DATASETS:
-        return load_folder(Path(name))
+        return load_folder(Path(name), picture_side(settings))
     if name == "digits":
         return load_digits()
     try:
@@ -700,9 +733,9 @@ def load_digits():
     return Data("digits", "digits", tuple("0123456789"), mean, std, False, train, test)
 
 
-def load_folder(folder):
+def load_folder(folder, side):
     """Labelled pictures, train/CLASS/* and test/CLASS/*; without test a fifth of each class."""
-    classes, *parts = utils.read_class_folders(folder)
+    classes, *parts = utils.read_class_folders(folder, side)
     train, test = (Split(*part) for part in parts)
     about = folder.name, classes, *utils.channel_statistics(train.images)
     return Data(str(folder), *about, True, train, test)
@@ -711,8 +744,8 @@ def load_folder(folder):
 # %% Draws and augmentations
 
 
-def draw_epoch(n, settings, mirror, epoch):
-    """Draw the random part of an epoch over ``n`` images, from (seed, epoch) alone.
+def draw_epoch(n, settings, mirror, epoch, side=32):
+    """Draw the random part of an epoch over ``n`` images of a side, from (seed, epoch) alone.
 
     Alternating mirroring (Jordan 2024) draws once for each image and then mirrors it in
     every second epoch, so that two epochs show both views.
@@ -727,7 +760,7 @@ def draw_epoch(n, settings, mirror, epoch):
     order = torch.randperm(n, generator=rng)
     reach = settings.crop_padding
     top, left = torch.randint(-reach, reach + 1, (2, n), generator=rng)
-    cut_top, cut_left = torch.randint(0, 33 - settings.cutout, (2, n), generator=rng)
+    cut_top, cut_left = torch.randint(0, side + 1 - settings.cutout, (2, n), generator=rng)
     mirrored = torch.rand(n, generator=rng) < 0.5
     if settings.flip == "alternating":
         rng.manual_seed(derive_seed(settings.seed, MIRRORS_ONCE))
@@ -743,6 +776,11 @@ def side_in(settings, epoch):
     sides, shares = zip(*stages(settings.image_size))
     stage = np.searchsorted(np.cumsum(shares) * settings.epochs, epoch - 0.5)
     return sides[min(stage, len(sides) - 1)]
+
+
+def picture_side(settings):
+    """Side at which own pictures are read: the largest that the network sees, at least 32."""
+    return max(32, *(side for side, _ in stages(settings.image_size)))
 
 
 def crop_and_flip(images, index, top, left, mirrored, fill="black"):
@@ -874,6 +912,85 @@ def resnet18(dropout, classes):
     return model
 
 
+ELSEWHERE = "torchvision:"
+
+
+def of_torchvision(name, dropout, classes):
+    """Build one of torchvision's classification networks with a head for these classes."""
+    from torchvision.models import get_model
+
+    model = get_model(name, num_classes=classes)
+    for layer in model.modules():
+        if isinstance(layer, nn.Dropout):
+            layer.p = dropout
+    return model
+
+
+def trained_elsewhere(settings):
+    """What torchvision has trained for the network asked for, None if that is not wanted."""
+    from torchvision.models import get_model_weights
+
+    if settings.weights == "none" or not settings.model.startswith(ELSEWHERE):
+        return None
+    return get_model_weights(settings.model.removeprefix(ELSEWHERE)).DEFAULT
+
+
+def load_weights(model, settings):
+    """Start from torchvision's weights or those in a file, as far as names and shapes fit."""
+    if settings.weights == "default":
+        weights = trained_elsewhere(settings)
+        state = utils.download_weights(weights)
+    else:
+        state = utils.load_state(settings.weights)
+    own = model.state_dict()
+    fitting = {k: v for k, v in state.items() if k in own and own[k].shape == v.shape}
+    if not fitting:
+        raise UserError(f"nothing in {settings.weights} fits {settings.model}: name another file")
+    model.load_state_dict(fitting, strict=False)
+    new, unused = ([k for k in a if k not in fitting] for a in (own, state))
+    tell(f"{len(fitting)} of {len(own)} tensors are from the weights asked for.")
+    for text, names in (("Not there, so random", new), ("There, but of no use", unused)):
+        if names:
+            tell(f"{text}: {utils.some_of(names)}.")
+
+
+def groups_of(model, settings):
+    """Modules and trainable weights, with --unfreeze all together, else from the head down.
+
+    The head comes first, then the upper and the lower half of what is below it.
+    """
+    weights = [p for p in model.parameters() if p.requires_grad]
+    if settings.unfreeze == "all":
+        return [([model], weights)]
+    parts = []
+    for part in model.children():
+        size = sum(p.numel() for p in part.parameters())
+        large = isinstance(part, nn.Sequential) and 2 * size > sum(p.numel() for p in weights)
+        parts += part.children() if large else [part]
+    parts = [part for part in parts if any(p.requires_grad for p in part.parameters())]
+    half = len(parts) // 2
+    head, upper, lower = parts[-1:], parts[half:-1], parts[:half]
+    above = [{p for module in modules for p in module.parameters()} for modules in (head, upper)]
+    groups = [(m, [p for p in weights if p in inside]) for m, inside in zip((head, upper), above)]
+    return [*groups, (lower, [p for p in weights if p not in set.union(*above)])]
+
+
+def unfreeze(groups, settings, epoch):
+    """Let only those groups learn in an epoch whose turn has come; the rest is as in use.
+
+    (Howard and Ruder 2018, who also give each group a lower rate the deeper it lies.)
+    """
+    if settings.unfreeze == "all":
+        return
+    share = (epoch - 1) / settings.epochs
+    learning = 1 + (settings.unfreeze == "gradual") * ((share >= 0.1) + (share >= 0.3))
+    for i, (modules, weights) in enumerate(groups):
+        for module in modules:
+            module.train(i < learning)
+        for each in weights:
+            each.requires_grad_(i < learning)
+
+
 MODELS = {"small": small, "tuned": tuned, "strong": strong, "wide": wide, "resnet18": resnet18}
 WHITENED = {"tuned", "strong", "wide"}  # their first layer starts from the training images
 
@@ -978,13 +1095,13 @@ def orthogonalise(matrix, steps=3):
     return x.T if len(matrix) > matrix.shape[1] else x
 
 
-OPTIMIZERS = {  # functions of the trainable weights and the settings
+OPTIMIZERS = {  # functions of the groups of trainable weights and the settings
     "adam": lambda w, s: torch.optim.Adam(w, s.lr, weight_decay=s.weight_decay, fused=True),
     "adamw": lambda w, s: torch.optim.AdamW(w, s.lr, weight_decay=s.weight_decay, fused=True),
     "sgd": lambda w, s: torch.optim.SGD(
         w, s.lr, s.momentum, weight_decay=s.weight_decay, nesterov=s.momentum > 0, fused=True
     ),
-    "muon": lambda w, s: Muon(w, s.lr, s.momentum, s.weight_decay),
+    "muon": lambda w, s: Muon(w[0]["params"], s.lr, s.momentum, s.weight_decay),
 }
 SCHEDULES = {  # after the warm-up, from the optimizer, the steps of an epoch and of each cycle
     "none": lambda optimizer, steps, cycle: rates.ConstantLR(optimizer, factor=1.0),
@@ -1260,22 +1377,21 @@ def trainings(networks):
 
 def train_pflop(network, images):
     """Operations of the training so far, in 1e15, with ``images`` in each epoch."""
-    epochs, classes = range(1, len(network.history) + 1), len(network.classes)
-    sides = [side_in(network.settings, epoch) for epoch in epochs]
-    each = {side: step_flops(network.settings, side, classes) for side in set(sides)}
-    return sum(each[side] for side in sides) * images / 1e15
+    each = [step_flops(network.settings, row["epoch"], network.classes) for row in network.history]
+    return sum(each) * images / 1e15
 
 
-def step_flops(settings, side, classes=10):
-    """Operations of a training step for each image of ``side`` pixels, as torch counts them.
+def step_flops(settings, epoch, classes=range(10)):
+    """Operations of a training step of an epoch for each image, as torch counts them.
 
-    Nothing is computed: on the meta device tensors have shapes and no values. RuntimeError if the
-    network does not take images of that side.
+    Nothing is computed: on the meta device tensors have shapes and no values.
     """
     from torch.utils.flop_counter import FlopCounterMode
 
+    side = side_in(settings, epoch)
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        model = build_model(asdict(settings) | {"classes": classes})
+        model = build_model(config_of(settings, classes))
+        unfreeze(groups_of(model, settings), settings, epoch)
         model(torch.zeros(2, 3, side, side)).sum().backward()
     return counter.get_total_flops() / 2
 
@@ -1589,7 +1705,7 @@ def load_network(path):
         version = {"sha256": utils.sha256_of(path), "temperature": network.temperature}
         version |= {key: stored.get(key) for key in ("config", "data_md5", "machine")}
         return replace(network, version=version)
-    except (RuntimeError, KeyError, TypeError, ValueError) as error:
+    except (RuntimeError, KeyError, TypeError, ValueError, argparse.ArgumentTypeError) as error:
         text = f"{path} is of another architecture or version ({error}): train again"
         raise UserError(text) from error
 
@@ -1650,7 +1766,8 @@ def restore(training, state, folder):
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
         text = f"{folder / 'last.pt'} does not fit this run ({error}): start it again"
         raise UserError(text) from error
-    keep(training, folder, contents(training.network) | about)  # if a sudden end came before
+    if not utils.rank():  # a sudden end may have come before
+        keep(training, folder, contents(training.network) | about)
     if state["config"].get("threads") != training.settings.threads:
         before = state["config"].get("threads")
         tell(f"This run had {before} threads: with another number its last bits will differ.")
@@ -1716,7 +1833,9 @@ def how_to_continue(training, folder):
     done, epochs = len(training.history), training.settings.epochs
     if not done:
         return "no epoch is saved yet: run the same command to start over"
-    script = [sys.executable, os.path.relpath(__file__), f"--resume={folder}"]
+    together = ["torchrun", f"--nproc-per-node={utils.processes()}"]
+    script = together if utils.processes() > 1 else [sys.executable]
+    script += [os.path.relpath(__file__), f"--resume={folder}"]
     script += [f"--data-dir={training.data.folder}", f"--epochs={epochs}"]
     return f"{done} of {epochs} epochs are saved; continue with: {shlex.join(script)}"
 
@@ -1988,7 +2107,7 @@ def plot_mistakes(plt, result, columns=10):
     images, texts = [], []
     for row in filter(len, rows):
         blanks = columns - len(row)
-        images += [*result.images[row], *[torch.full((32, 32, 3), 255)] * blanks]
+        images += [*result.images[row], *[torch.full_like(result.images[0], 255)] * blanks]
         texts += [*captions(result, row), *[("", utils.BLACK)] * blanks]
     title = f"{result.data.name}: the most confident mistakes"
     if len(wrong):
@@ -2111,8 +2230,9 @@ def predict_pictures(a):
         raise UserError(f"{folder} holds the pictures: name another --output-dir")
     folder = folder_beside_runs(folder)
     say("", f"2. What {network.path} takes them for")
-    rows, bad, first = [], [], torch.empty(0, 32, 32, 3, dtype=torch.uint8)
-    for images, good, wrong in utils.read_pictures(files):
+    side = picture_side(network.settings)
+    rows, bad, first = [], [], torch.empty(0, side, side, 3, dtype=torch.uint8)
+    for images, good, wrong in utils.read_pictures(files, side):
         probs = probabilities(network, images.to(network.settings.device)).cpu()
         rows += utils.likeliest(good, probs, network.classes)
         bad, first = bad + wrong, torch.cat([first, images])[:24]
@@ -2161,7 +2281,8 @@ def export(a):
     own = network.path.parent
     folder = folder_beside_runs(a.output_dir or own, own)
     tell(f"The network of {a.export}, version {network.version['sha256'][:12]}, into {folder}:")
-    images = torch.arange(5 * 32 * 32 * 3).mul(7919).to(torch.uint8).view(5, 32, 32, 3)
+    side = picture_side(settings)
+    images = torch.arange(5 * side**2 * 3).mul(7919).to(torch.uint8).view(5, side, side, 3)
     expected = probabilities(network, images)  # before tracing, so that on_device holds numbers
     about = network.version | {"classes": network.classes}
     first, *others = views_of(network)
@@ -2203,6 +2324,17 @@ PRESETS = {
 }  # fmt: skip
 
 
+def network_name(text):
+    """Argparse type: a network of this script, or one of torchvision's for classification."""
+    from torchvision import models
+
+    theirs = [ELSEWHERE + name for name in models.list_models(models)]
+    if text not in [*MODELS, *theirs]:
+        names = ", ".join([*MODELS, f"{ELSEWHERE}NAME"])
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is no network, such as {names}")
+    return text
+
+
 def stages(text):
     """Sides of images and their shares of the epochs, of "24:0.5,32:0.5" or of one side alone."""
     pairs = (part.partition(":")[::2] for part in text.split(","))
@@ -2235,14 +2367,29 @@ class Settings:
     preset: str = flag("baseline", PRESETS, "bundle of options; one given beside it wins")
     dataset: str = flag(
         "auto",
-        utils.name_or_folder(DATASETS),
+        utils.name_or_path(DATASETS, "folder"),
         "auto: CIFAR-10, or the digits if it cannot be had; or a folder with train/CLASS/*",
     )
     select_on: str = flag(
         "val", CHOSEN, "what chooses the epoch: validation or test images, or none"
     )
     # network
-    model: str = flag("small", MODELS, "network; wide is strong with up to twice the filters")
+    model: str = flag(
+        "small",
+        network_name,
+        "network: small, tuned, strong, wide (strong with up to twice the filters), resnet18, or "
+        "torchvision:NAME",
+    )
+    weights: str = flag(
+        "none",
+        utils.name_or_path(("none", "default"), "file"),
+        "weights to start from: none, torchvision's default, or a file",
+    )
+    unfreeze: str = flag(
+        "all",
+        ("all", "gradual", "none"),
+        "what learns: all, first the head and then more, or that",
+    )
     dropout: float = flag(0.5, number(0, 1, "[)"), "share of units dropped")
     # images
     image_size: str = flag(
@@ -2340,11 +2487,13 @@ def add_options(parser):
 def check_arguments(a):
     """Refuse options that do not go together or have no effect."""
     finished, free = a.evaluate or a.predict or a.export, set() if a.export else MACHINE
+    many = utils.processes() > 1
     elsewhere = a.output_dir and a.folder.resolve() != a.output_dir.resolve()
     absent = a.tensorboard and not find_spec("tensorboard")
     for wrong, text in (
         (elsewhere, "--resume FOLDER writes into that folder: leave --output-dir out"),
         (finished and {*a.given} - free, "a finished run has its settings: leave others out"),
+        (finished and many, "torchrun is for training: leave it out for finished runs"),
         (a.checkpoint and not a.predict, "--checkpoint is for --predict: leave it out"),
         (a.split and not a.evaluate, "--split is for --evaluate: leave it out"),
         (a.tensorboard and finished, "--tensorboard is for training: leave it out"),
@@ -2378,17 +2527,23 @@ def choose_settings(a):
         raise UserError(f"--mixup {settings.mixup:g} is too small: give 0 or at least 0.001")
     if "momentum" in given and settings.optimizer in ("adam", "adamw"):
         raise UserError(f"--momentum is for sgd and muon; {settings.optimizer} has its own")
+    if settings.weights == "default" and not settings.model.startswith(ELSEWHERE):
+        raise UserError(f"--weights default is for --model {ELSEWHERE}NAME: leave it out")
+    if settings.unfreeze != "all" and settings.optimizer == "muon":
+        raise UserError("--unfreeze is not for muon, which has its own groups: try adamw")
     uneven = settings.epochs % settings.snapshots or settings.warmup_epochs
     if settings.snapshots > 1 and (settings.schedule != "cosine" or uneven):
         raise UserError(
             "--snapshots needs --schedule cosine, no warm-up, and epochs that it divides evenly"
         )
-    for side, _ in stages(settings.image_size):
+    for epoch in {side_in(settings, i): i for i in range(1, settings.epochs + 1)}.values():
         try:
-            step_flops(settings, side)
-        except RuntimeError:
-            text = f"the network {settings.model} does not take images of {side} pixels"
-            raise UserError(f"{text}: leave --image-size out, or try --model strong") from None
+            step_flops(settings, epoch)
+        except Exception as error:  # each network refuses in its own way
+            text = (
+                f"{settings.model} cannot learn from images of {side_in(settings, epoch)} pixels"
+            )
+            raise UserError(f"{text}: give another --image-size or --model") from error
     if "crop_fill" in given and not settings.crop_padding:
         raise UserError("--crop-fill is for shifted images: give a --crop-padding, too")
     utils.check_output(folder)
@@ -2406,7 +2561,7 @@ def settings_to_resume(folder, given):
     state = utils.load_checkpoint(path)
     try:
         stored = settings_of(state["config"])
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, argparse.ArgumentTypeError) as error:
         raise UserError(f"{path} is of another version ({error}): start again") from error
     free = {k: v for k, v in given.items() if k in ("device", "epochs", "threads")}
     settings = replace(stored, **{"threads": 0} | free)
@@ -2423,10 +2578,11 @@ def settings_to_resume(folder, given):
 
 
 def settings_of(config):
-    """The settings in a checkpoint; ValueError if they are of another version of this script.
+    """The settings in a checkpoint; an error if they are of another version of this script.
 
     An option that is newer than the checkpoint has its default, as it had in effect.
     """
+    network_name(config["model"])
     for option in fields(Settings):
         value = config.get(option.name, option.default)
         if value not in option.metadata.get("choices", [value]):

@@ -4,6 +4,7 @@ torch and matplotlib are imported where they are used, so that part 1 never wait
 """
 
 import argparse
+import atexit
 import bz2
 import csv
 import functools
@@ -76,6 +77,7 @@ def command(main):
             return 0
         except (UserError, RunFailed) as error:
             text = re.sub(r"\x1b\[[0-9;]*m", "", str(error))  # colours of others
+            text = f"process {rank()}: {text}" if rank() else text
             print(f"error: {' '.join(text.split())}", file=sys.stderr)
             return 2 if isinstance(error, UserError) else 1
         except (MemoryError, RuntimeError) as error:
@@ -130,13 +132,13 @@ def integer(low, high=10**9):
     return number(low, high, kind=int)
 
 
-def name_or_folder(names):
-    """Argparse type: one of ``names``, or an existing folder as its whole path."""
+def name_or_path(names, kind):
+    """Argparse type: one of ``names``, or an existing "file" or "folder" as its whole path."""
 
     def parse(text):
         path = user_path(text)
-        if text not in names and not path.is_dir():
-            text = f"{text!r} is no folder, and none of {', '.join(names)}"
+        if text not in names and not (path.is_dir() if kind == "folder" else path.is_file()):
+            text = f"{text!r} is no {kind}, and none of {', '.join(names)}"
             raise argparse.ArgumentTypeError(text)
         return text if text in names else str(path.resolve())
 
@@ -880,12 +882,12 @@ def read_picture(file, side=32):
         raise ValueError(reason.splitlines()[0]) from error
 
 
-def read_pictures(paths, size=500):
+def read_pictures(paths, side, size=500):
     """Read files in batches, so that many need no more memory than a few.
 
     Yields
     ------
-    images : Tensor of uint8, shape (n, 32, 32, 3)
+    images : Tensor of uint8, shape (n, side, side, 3)
     good : list of Path
         The files of these images.
     bad : list of str
@@ -898,7 +900,7 @@ def read_pictures(paths, size=500):
         images, good, bad = [], [], []
         for i, path in enumerate(paths[start : start + size], start):
             try:
-                images.append(read_picture(path))
+                images.append(read_picture(path, side))
                 good.append(path)
             except ValueError as error:
                 bad.append(f"{path if str(path).isprintable() else ascii(str(path))} ({error})")
@@ -906,17 +908,17 @@ def read_pictures(paths, size=500):
                 show_progress(f"  {i:,} of {len(paths):,} files")
                 shown = time.monotonic()
         show_progress("")
-        yield torch.from_numpy(np.array(images, np.uint8).reshape(-1, 32, 32, 3)), good, bad
+        yield torch.from_numpy(np.array(images, np.uint8).reshape(-1, side, side, 3)), good, bad
 
 
-def read_class_folders(folder):
+def read_class_folders(folder, side):
     """Read labelled pictures from train/CLASS/* and, if it is there, test/CLASS/*.
 
     Returns
     -------
     classes : tuple of str
     train, test : tuple of Tensor
-        Images, uint8 (n, 32, 32, 3), and labels, int64 (n,); without a folder of their own the
+        Images, uint8 (n, side, side, 3), and labels, int64 (n,); without a folder of their own the
         test images are a fifth of the others.
     """
     import torch
@@ -934,7 +936,7 @@ def read_class_folders(folder):
         raise UserError(f"{folder / 'test'}: {text}")
     groups = [*train.values(), *test.values()]
     files = sum(groups, [])
-    images, _, bad = zip(*read_pictures(files))
+    images, _, bad = zip(*read_pictures(files, side))
     if bad := sum(bad, []):
         text = f"{len(bad):,} of {len(files):,} files are no pictures: replace or delete them"
         raise UserError(f"{text}: {some_of(bad)}")
@@ -1215,6 +1217,68 @@ def describe_machine(device):
     return {"processor": name, "threads": torch.get_num_threads()} | versions
 
 
+# %% Several processes, as torchrun starts them
+
+
+def rank():
+    """Which of several processes this is, from 0."""
+    return int(os.environ.get("RANK", 0))
+
+
+def processes():
+    """How many train together."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def join_processes():
+    """Join the others; all but the first then wait for it, and print nothing but errors."""
+    if processes() == 1:
+        return
+    import torch
+
+    gpu = torch.cuda.is_available()
+    torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo")
+    atexit.register(torch.distributed.destroy_process_group)
+    if rank():
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+        sum_over_processes(torch.zeros(1))
+
+
+def let_others_follow():
+    """Say in the first process that options, data and folder are as they should be."""
+    if not rank():
+        import torch
+
+        sum_over_processes(torch.zeros(1))
+
+
+def sum_over_processes(values):
+    """Add a tensor to those of the other processes, in place."""
+    if processes() > 1:
+        import torch
+
+        try:
+            torch.distributed.all_reduce(values)
+        except RuntimeError:  # another process has ended, and has said why
+            raise SystemExit(1) from None
+    return values
+
+
+def average_gradients(weights, n, stop):
+    """Give each process the mean of all gradients, by number of images; whether any is to stop."""
+    if processes() == 1:
+        return stop
+    import torch
+
+    weights = [each for each in weights if each.grad is not None]
+    flat = [each.grad.flatten() * n for each in weights]
+    flat = torch.cat([*flat, flat[0].new_tensor([n, stop])])
+    *parts, (total, stops) = sum_over_processes(flat).split([*map(torch.numel, weights), 2])
+    for each, part in zip(weights, parts):
+        each.grad.copy_((part / total).view_as(each))
+    return bool(stops)
+
+
 # %% Checkpoints
 
 CHECKPOINT_FORMAT = "cifar-cnn-checkpoint-1"
@@ -1268,10 +1332,41 @@ def digest_of(value, known=None):
 
 
 def load_checkpoint(path):
-    """Read a checkpoint onto the CPU without running any code that it may hold.
+    """Read a checkpoint of ours onto the CPU.
 
     UserError if it cannot be read, is damaged or foreign, or was altered since it was written.
     """
+    checkpoint, digest = _load(path)
+    if not isinstance(checkpoint, dict) or checkpoint.get("format") != CHECKPOINT_FORMAT:
+        text = "is not a readable checkpoint (this script did not write it): name another file"
+        raise UserError(f"{path} {text}")
+    # A foreign weight or optimizer state could do anything, up to crashing Python.
+    if checkpoint.get("digest") != digest:
+        raise UserError(f"{path} was altered after it was written: name another file")
+    return checkpoint
+
+
+def load_state(path):
+    """Read the tensors of a state dict, by name, or those of the network in a checkpoint."""
+    stored, _ = _load(path)
+    stored = stored.get("model", stored) if isinstance(stored, dict) else {}
+    return {name: value for name, value in stored.items() if hasattr(value, "shape")}
+
+
+def download_weights(weights):
+    """The state dict of torchvision's ``weights``, which torchvision keeps in its cache."""
+    import torch
+
+    try:
+        return weights.get_state_dict(progress=True, check_hash=True)
+    except (OSError, RuntimeError) as error:  # no network, or other bytes than there should be
+        folder = Path(torch.hub.get_dir(), "checkpoints")
+        text = f"cannot download {weights.url} ({error}): put that file into {folder}"
+        raise UserError(text) from error
+
+
+def _load(path):
+    """What a torch file holds, without running any code in it, and its `digest_of`."""
     import torch
 
     try:
@@ -1281,22 +1376,18 @@ def load_checkpoint(path):
             raise ValueError("it is larger than 4 GiB")
         data = Path(path).read_bytes()
         # torch does not verify the checksums of its zip members; zipfile does.
-        if bad := zipfile.ZipFile(io.BytesIO(data)).testzip():
+        whole = io.BytesIO(data)  # of old files, which are no zip, it can tell nothing
+        if zipfile.is_zipfile(whole) and (bad := zipfile.ZipFile(whole).testzip()):
             raise ValueError(f"its part {bad} does not match its checksum")
-        checkpoint = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-        if not isinstance(checkpoint, dict) or checkpoint.get("format") != CHECKPOINT_FORMAT:
-            raise ValueError("this script did not write it")
-        digest = digest_of(checkpoint | {"digest": None})
+        stored = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        ours = isinstance(stored, dict) and "digest" in stored
+        return stored, digest_of(stored | {"digest": None} if ours else stored)
     except OSError as error:
         raise UserError(f"cannot read {path} ({error.strerror}): name another file") from error
     except Exception as error:  # a damaged file can raise almost anything
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         text = f"{path} is not a readable checkpoint ({reason}): name another file"
         raise UserError(text) from error
-    # A foreign weight or optimizer state could do anything, up to crashing Python.
-    if checkpoint.get("digest") != digest:
-        raise UserError(f"{path} was altered after it was written: name another file")
-    return checkpoint
 
 
 # %% Exports

@@ -259,7 +259,7 @@ def main(argv=None):
     }
     import part2_cifar_cnn as part2
 
-    operations = part2.step_flops(part2.Settings(), 32) * 50_000
+    operations = part2.step_flops(part2.Settings(), epoch=1) * 50_000
     print(
         "matrix product: "
         + ", ".join(f"{v:.0f} GFLOP/s in {k}" for k, v in peaks.items())
