@@ -1499,9 +1499,13 @@ def report(result):
         f"On training images (10,000 at most, not augmented) {seen:.2%}: {100 * gap:+.2f} points. "
         + VERDICTS[metrics["verdict"]]
     )
-    for layer, shares in result.firing.items():
-        if 0 in shares:
-            tell(f"{silent_text(layer, shares)} on these images, and learn nothing from them.")
+    silent = {layer: shares for layer, shares in result.firing.items() if 0 in shares}
+    for layer, shares in list(silent.items())[-2:]:
+        tell(f"{silent_text(layer, shares)} on these images, and learn nothing from them.")
+    if len(silent) > 2:
+        tell(
+            f"So it is with units of {len(silent) - 2} layers before (silent_units, metrics.json)."
+        )
     for run in metrics.get("runs", []):
         tell(run_text(run))
     if "comparison" in metrics:
@@ -2325,13 +2329,13 @@ PRESETS = {
 
 
 def network_name(text):
-    """Argparse type: a network of this script, or one of torchvision's for classification."""
+    """Argparse type: a network of this script, or one of torchvision's that gives only logits."""
     from torchvision import models
 
-    theirs = [ELSEWHERE + name for name in models.list_models(models)]
-    if text not in [*MODELS, *theirs]:
+    theirs = {*models.list_models(models)} - {"googlenet", "inception_v3"}
+    if text not in [*MODELS, *(ELSEWHERE + name for name in theirs)]:
         names = ", ".join([*MODELS, f"{ELSEWHERE}NAME"])
-        raise argparse.ArgumentTypeError(f"{text[:40]!r} is no network, such as {names}")
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is no network to train here: {names} are")
     return text
 
 

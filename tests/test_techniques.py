@@ -673,3 +673,155 @@ def test_presets_train_and_only_use_what_is_there(data, preset):
     training = Training(settings, first(data, 50))
     run_epoch(training)
     assert np.isfinite(training.history[0]["train_loss"])
+
+
+# ------------------------------------------------- networks and weights from elsewhere
+
+TINY = "torchvision:mobilenet_v3_small"
+
+
+@pytest.mark.parametrize("name", ["torchvision:resnet18", TINY, "torchvision:densenet121"])
+def test_torchvision_networks_learn(name, few_digits, tmp_path):
+    with quick_runs(few_digits):
+        options = f"--model {name} --image-size 64 --epochs 1 --batch-size 100".split()
+        assert run(tmp_path, *options) == 0
+    network = part2.load_network(tmp_path)
+    assert network.model(torch.zeros(2, 3, 64, 64)).shape == (2, 10)
+    ours = {layer.p for layer in network.model.modules() if isinstance(layer, nn.Dropout)}
+    assert ours <= {0.5}  # the setting's, not torchvision's
+
+
+@pytest.mark.parametrize(
+    "options, text",
+    [
+        ("--model torchvision:resnet9000", "is no network"),
+        ("--model resnet34", "is no network"),
+        ("--model torchvision:googlenet", "is no network"),
+        ("--model torchvision:inception_v3", "is no network"),
+        ("--model torchvision:vit_b_16 --image-size 64", "cannot learn from images of 64 pixels"),
+        ("--weights default", "--weights default is for --model torchvision:NAME"),
+        ("--weights nowhere.pt", "is no file"),
+        ("--optimizer muon --unfreeze gradual", "--unfreeze is not for muon"),
+    ],
+)
+def test_networks_and_weights_that_cannot_be_are_refused(options, text, tmp_path, capsys):
+    assert run(tmp_path, *options.split()) == 2
+    assert text in error_line(capsys) and not any(tmp_path.iterdir())
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """Torch's cache, empty, and no network beyond it."""
+    import urllib.error
+
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+
+    def absent(*args, **how):
+        raise urllib.error.URLError("no network")
+
+    monkeypatch.setattr(torch.hub, "urlopen", absent)
+    (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
+    return tmp_path / "hub" / "checkpoints"
+
+
+def test_default_weights_are_torchvisions_with_their_normalisation(
+    cache, few_digits, tmp_path, monkeypatch, capsys
+):
+    from torchvision.models import MobileNet_V3_Small_Weights as Weights
+    from torchvision.models import mobilenet_v3_small
+
+    options = f"--model {TINY} --weights default --unfreeze none --epochs 1".split()
+    url = Weights.DEFAULT.url
+    with quick_runs(few_digits):
+        assert run(tmp_path / "run", *options) == 2
+    line = error_line(capsys)
+    assert url in line and str(cache) in line and "no network" in line
+    torch.manual_seed(5)
+    model = mobilenet_v3_small()
+    torch.save(model.state_dict(), cache / url.rpartition("/")[2])
+    monkeypatch.setattr(torch.hub, "_get_hash", None, raising=False)
+    with quick_runs(few_digits):
+        assert run(tmp_path / "run", *options) == 0
+    text = capsys.readouterr().out
+    assert "242 of 244 tensors" in text and "classifier.3.weight" in text
+    network = part2.load_network(tmp_path / "run")
+    assert (network.mean, network.std) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    state = network.model.state_dict()
+    for name, value in model.state_dict().items():  # frozen, the statistics of BatchNorm, too
+        assert name.startswith("classifier") or torch.equal(state[name], value)
+    (cache / url.rpartition("/")[2]).unlink()
+    with quick_runs(few_digits):  # a finished run needs the weights no more
+        assert part2.main(["--resume", str(tmp_path / "run")]) == 0
+
+
+def test_weights_of_a_file_as_far_as_they_fit(few_digits, tmp_path, capsys):
+    with quick_runs(few_digits):
+        assert run(tmp_path / "first", "--epochs", "1") == 0
+        best = tmp_path / "first" / "best.pt"
+        state = part2.load_network(best).model.state_dict()
+        other = {k: v for k, v in state.items() if k != "4.bias"} | {"12.weight": torch.ones(3)}
+        torch.save(other | {"more": torch.ones(2)}, tmp_path / "other.pt")
+        torch.save({"else": torch.ones(1)}, tmp_path / "none.pt")
+        (tmp_path / "text.pt").write_text("no weights")
+        capsys.readouterr()
+        loaded = []
+        keep = part2.load_weights
+        with pytest.MonkeyPatch.context() as patch:
+
+            def spy(model, settings):
+                keep(model, settings)
+                loaded.append({k: v.clone() for k, v in model.state_dict().items()})
+
+            patch.setattr(part2, "load_weights", spy)
+            for i, path in enumerate((best, tmp_path / "other.pt")):
+                options = f"--epochs 1 --weights {path} --seed {i}"
+                assert run(tmp_path / f"run{i}", *options.split()) == 0
+        assert all(torch.equal(value, state[key]) for key, value in loaded[0].items())
+        new = [key for key, value in loaded[1].items() if not torch.equal(value, state[key])]
+        assert new == ["4.bias", "12.weight"]
+        text = capsys.readouterr().out
+        assert "4.bias, 12.weight" in text and "of no use: 12.weight, more" in text
+        for name, reason in (("none.pt", "fits small"), ("text.pt", "not a readable")):
+            assert run(tmp_path / "bad", "--weights", str(tmp_path / name)) == 2
+            assert reason in error_line(capsys)
+
+
+def grads_of(training):
+    """Parts of a torchvision network that an epoch has changed, and parts that are frozen."""
+    model, before = training.model, [p.clone() for p in training.model.parameters()]
+    row = part2.train_epoch(training)
+    training.history.append(row)
+    changed = {
+        name.split(".")[0] if name.startswith("classifier") else int(name.split(".")[1])
+        for (name, p), old in zip(model.named_parameters(), before)
+        if not torch.equal(p, old)
+    }
+    frozen = {i for i, part in enumerate(model.features) if not part.training}
+    return changed, frozen
+
+
+def test_layers_learn_from_the_head_down(data):
+    settings = {"model": TINY, "unfreeze": "gradual", "optimizer": "adamw", "epochs": 10}
+    few = replace(data, train=data.train[:40], valid=data.train[:0])
+    training = training_with(few, **settings, batch_size=20)
+    assert [group["lr"] for group in training.optimizer.param_groups] == pytest.approx(
+        [0.001, 0.001 / 3, 0.001 / 9]
+    )
+    assert sum(len(p["params"]) for p in training.optimizer.param_groups) == len(
+        list(training.model.parameters())
+    )
+    found = [grads_of(training) for _ in range(4)]
+    everything, lower = {"classifier", *range(13)}, set(range(7))
+    assert found[0] == ({"classifier"}, set(range(13)))
+    assert found[1] == found[2] == (everything - lower, lower)
+    assert found[3] == (everything, set())
+    operations = [part2.step_flops(training.settings, i) for i in (1, 2, 4)]
+    assert operations[0] < operations[1] < operations[2]
+    keys = [set(row["monitor"]) for row in training.history]
+    assert keys[0] == keys[3]
+
+
+def test_a_frozen_backbone_stays_as_it_is(data):
+    few = replace(data, train=data.train[:40], valid=data.train[:0])
+    training = training_with(few, model=TINY, unfreeze="none", epochs=2, batch_size=20)
+    assert [grads_of(training) for _ in range(2)] == [({"classifier"}, set(range(13)))] * 2
