@@ -358,53 +358,62 @@ def train(training, folder, events=False):
 def train_epoch(training, pressed=()):
     """Train for one epoch and return its row of history.csv, but for the evaluation.
 
-    Once ``pressed`` holds a Ctrl-C it stops after the current step, by raising Interrupted.
+    Once ``pressed`` holds a Ctrl-C it stops in the current step, by raising Interrupted.
     """
-    model, settings, epoch = training.model, training.settings, len(training.history) + 1
+    settings, epoch = training.settings, len(training.history) + 1
     row = {"epoch": epoch, "lr": training.scheduler.get_last_lr()[0]}
-    n, layers = len(training.data.train), training.layers.values()
-    loss_sum = right = seen = gradients = 0
+    n, sums, gradients = len(training.data.train), torch.zeros(3, device=settings.device), 0
     start = shown = time.monotonic()
-    model.train()  # dropout is on, and BatchNorm uses the statistics of the batch
+    training.model.train()  # dropout is on, and BatchNorm uses the statistics of the batch
     unfreeze(training.groups, settings, epoch)
     for step, (images, targets) in enumerate(batches(training.data, settings, epoch)):
-        with autocast(settings):
-            logits = model(images).float()  # (b, classes)
-        loss = F.cross_entropy(logits, targets, label_smoothing=settings.label_smoothing)
-        training.optimizer.zero_grad()  # or the gradients of all steps would add up
-        loss.backward()
-        if utils.average_gradients(model.parameters(), len(images), stop=bool(pressed)):
-            raise utils.Interrupted
-        if step % EVERY == 0:
-            gradients += gradient_norms(layers)
-        if settings.grad_clip:
-            nn.utils.clip_grad_norm_(model.parameters(), settings.grad_clip)
-        training.optimizer.step()
         (lr, *_) = training.scheduler.get_last_lr()
-        training.scheduler.step()  # the rate changes with every step
-        if training.average:
-            training.average.update_parameters(model)
-
+        norms, *found = train_step(training, images, targets, step % EVERY == 0, bool(pressed))
+        gradients += norms
         # Adding on the device: asking for a number after each step would wait for the GPU.
-        labels = targets.argmax(1) if targets.ndim == 2 else targets  # of a mix the larger part
-        loss_sum += loss.detach() * len(images)
-        right += (logits.argmax(1) == labels).sum()
-        seen += len(images)
+        sums += torch.stack(found)
         if time.monotonic() - shown > 0.5:
-            check_finite(loss_sum, row)
-            shown = time.monotonic()
-            seen_by_all = seen * utils.processes()
-            bar = utils.progress_bar(
-                seen_by_all, n, shown - start, later=(settings.epochs - epoch) * n
-            )
+            check_finite(sums[0], row)
+            shown, seen = time.monotonic(), int(sums[2]) * utils.processes()
+            later = (settings.epochs - epoch) * n
+            bar = utils.progress_bar(seen, n, shown - start, later=later)
             utils.show_progress(f"  epoch {epoch} of {settings.epochs} {bar}")
-    sums = torch.stack([loss_sum, right, torch.full_like(loss_sum, seen)])
-    loss_sum, right, seen = utils.sum_over_processes(sums).tolist()
-    check_finite(loss_sum, row)
-    check_finite(sum(w.abs().sum() for w in model.state_dict().values()), row)
+    loss, right, seen = utils.sum_over_processes(sums).tolist()
+    check_finite(loss, row)
+    check_finite(sum(w.abs().sum() for w in training.model.state_dict().values()), row)
     utils.show_progress("")
     row["monitor"] = {"lr_start": row["lr"], "lr_end": lr} | norms_of(training, gradients)
-    return row | {"train_loss": loss_sum / seen, "train_accuracy": right / seen}
+    return row | {"train_loss": loss / seen, "train_accuracy": right / seen}
+
+
+def train_step(training, images, targets, measure, stop):
+    """Learn from one batch, and say how well its images were known before.
+
+    Returns
+    -------
+    norms : Tensor, shape (layers,), or 0 unless ``measure``
+        Of the gradients.
+    loss, right, seen : Tensor
+        Sum of the losses, number of right guesses and of images.
+    """
+    model, settings = training.model, training.settings
+    with autocast(settings):
+        logits = model(images).float()  # (b, classes)
+    loss = F.cross_entropy(logits, targets, label_smoothing=settings.label_smoothing)
+    training.optimizer.zero_grad()  # or the gradients of all steps would add up
+    loss.backward()
+    if utils.average_gradients(model.parameters(), len(images), stop):
+        raise utils.Interrupted
+    norms = gradient_norms(training.layers.values()) if measure else 0
+    if settings.grad_clip:
+        nn.utils.clip_grad_norm_(model.parameters(), settings.grad_clip)
+    training.optimizer.step()
+    training.scheduler.step()  # the rate changes with every step
+    if training.average:
+        training.average.update_parameters(model)
+    labels = targets.argmax(1) if targets.ndim == 2 else targets  # of a mix the larger part
+    right = (logits.argmax(1) == labels).sum()
+    return norms, loss.detach() * len(images), right, torch.full_like(loss, len(images))
 
 
 def check_finite(total, row):
