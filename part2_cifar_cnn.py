@@ -1393,12 +1393,18 @@ def train_pflop(network, images):
 def step_flops(settings, epoch, classes=range(10)):
     """Operations of a training step of an epoch for each image, as torch counts them.
 
-    Nothing is computed: on the meta device tensors have shapes and no values.
+    Nothing is computed: on the meta device tensors have shapes and no values. (Going backward,
+    torch itself would count a filter of one channel as one of all channels.)
     """
-    from torch.utils.flop_counter import FlopCounterMode
+    from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
+
+    def backward(out, images, filters, *args, out_shape):
+        *_, wanted = args  # gradients of images, filters and biases
+        return conv_flop_count(images, filters, out) * sum(wanted[:2])
 
     side = side_in(settings, epoch)
-    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+    counts = {torch.ops.aten.convolution_backward: backward}
+    with torch.device("meta"), FlopCounterMode(display=False, custom_mapping=counts) as counter:
         model = build_model(config_of(settings, classes))
         unfreeze(groups_of(model, settings), settings, epoch)
         model(torch.zeros(2, 3, side, side)).sum().backward()

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from helpers import error_line, first, quick_runs, run, run_epoch, state_of
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import part2_cifar_cnn as part2
 from part2_cifar_cnn import (
@@ -36,6 +37,7 @@ PARAMETERS = {
     "wide": 4_606_520,
     "resnet18": 11_173_962,
 }
+TINY = "torchvision:mobilenet_v3_small"
 
 
 @pytest.fixture(scope="module")
@@ -549,6 +551,15 @@ def test_snapshots_without_whole_cycles_are_refused(options, tmp_path, capsys):
     assert "--snapshots needs --schedule cosine" in error_line(capsys)
 
 
+def test_filters_of_one_channel_are_counted_as_such():
+    """A step takes three times as much as going forward: only the first gradient is not needed."""
+    settings = replace(SETTINGS, model=TINY, image_size="64")
+    with FlopCounterMode(display=False) as counter:
+        build_model(asdict(settings)).eval()(torch.zeros(1, 3, 64, 64))
+    forward = counter.get_total_flops()
+    assert 2.8 * forward < part2.step_flops(settings, epoch=1) < 3 * forward
+
+
 def test_a_step_is_counted_in_operations():
     """Of the baseline, written out: two operations for each product, forward and backward."""
     first, second, dense = 32 * 27 * 32**2, 64 * 288 * 16**2, 4096 * 64 + 64 * 10
@@ -676,8 +687,6 @@ def test_presets_train_and_only_use_what_is_there(data, preset):
 
 
 # ------------------------------------------------- networks and weights from elsewhere
-
-TINY = "torchvision:mobilenet_v3_small"
 
 
 @pytest.mark.parametrize("name", ["torchvision:resnet18", TINY, "torchvision:densenet121"])
