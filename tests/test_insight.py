@@ -411,7 +411,7 @@ def test_the_curves_say_how_training_is_measured(trained, result):
         texts = shown(part2.plot_history(plt, replace(result, networks=[network])))
         assert [each for each in texts if each.endswith(text)]
     (row,) = trained.network.history[-1:]
-    network = replace(trained.network, history=[row | {"epoch": 1, "train_accuracy": 1.0}])
+    network = replace(trained.network, history=[row | {"train_accuracy": 1.0}], epoch=1)
     texts = shown(part2.plot_history(plt, replace(result, networks=[network])))
     assert not [text for text in texts if "lies lower" in text]
 

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision
 from helpers import (
     as_tensors,
     error_line,
@@ -31,6 +32,7 @@ from matplotlib.image import imread
 from scipy.stats import binomtest
 from sklearn import datasets as sk_datasets
 from sklearn import metrics as sk
+from torch.distributed.run import get_args_parser
 from torchvision.transforms.v2 import functional as tv
 
 import part1_threshold as part1
@@ -933,9 +935,16 @@ def test_readme_command_of_part_1_runs(command, tmp_path, monkeypatch):
     assert (tmp_path / "summary.json").exists()
 
 
+def random_weights(weights):
+    """In place of a download: what such a file would hold, but for the values."""
+    name = type(weights).__name__.removesuffix("_Weights").lower()
+    return torchvision.models.get_model(name).state_dict()
+
+
 @pytest.mark.parametrize("command", TRAINING, ids=" ".join)
 def test_readme_command_of_part_2_trains(quick, tmp_path, monkeypatch, command):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(utils, "download_weights", random_weights)
     (tmp_path / "pictures").mkdir()
     short = ["--epochs", "1", "--warmup-epochs", "0", "--dataset", "digits", "--output-dir"]
     assert part2.main([*command[1:], *short, str(tmp_path)]) == 0
@@ -948,6 +957,7 @@ def test_readme_commands_for_runs_that_are_there_work(quick, few_digits, tmp_pat
     make_pictures(tmp_path / "pictures/train", {"cat": 30, "dog": 220}, 5, seed=0)
     few = replace(few_digits, key="cifar10", name="CIFAR-10")
     monkeypatch.setattr(part2, "load_cifar10", lambda folder: few)
+    monkeypatch.setattr(utils, "download_weights", random_weights)
     for command in (c for c in COMMANDS if "part2" in c[0]):
         short = (
             []
@@ -966,4 +976,5 @@ def test_every_option_in_readme_is_an_option(capsys):
             main(["--help"])
     known = set(re.findall(r"--[a-z][a-z-]*", capsys.readouterr().out))
     known |= set(re.findall(r"--[a-z][a-z-]*", (ROOT / "tests/ablation.py").read_text()))
+    known |= {text for action in get_args_parser()._actions for text in action.option_strings}
     assert set(re.findall(r"--[a-z][a-z-]+", text)) - known == set()

@@ -33,8 +33,8 @@ SETTINGS = Settings(
 PARAMETERS = {
     "small": 282_442,
     "tuned": 284_112,
-    "strong": 1_972_792,
-    "wide": 4_606_520,
+    "strong": 2_148_384,
+    "wide": 4_939_808,
     "resnet18": 11_173_962,
 }
 TINY = "torchvision:mobilenet_v3_small"

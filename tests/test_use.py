@@ -164,7 +164,7 @@ def test_a_folder_of_pictures_is_trained_on_as_cifar10_is(shades, shades_run):
 
 
 def test_it_has_its_own_mean_and_deviation_and_its_own_order(shades):
-    data = part2.load_folder(shades)
+    data = part2.load_folder(shades, 32)
     pixels = data.train.images.double() / 255
     for found, expected in (
         (data.mean, pixels.mean((0, 1, 2))),
@@ -180,9 +180,9 @@ def test_it_has_its_own_mean_and_deviation_and_its_own_order(shades):
 
 def test_without_a_test_folder_a_fifth_of_each_class_tests(shades, tmp_path):
     shutil.copytree(shades / "train", tmp_path / "train")
-    data = part2.load_folder(tmp_path)
+    data = part2.load_folder(tmp_path, 32)
     assert data.test.labels.bincount().tolist() == [4] * 3 and len(data.train) == 48
-    again = part2.load_folder(tmp_path)
+    again = part2.load_folder(tmp_path, 32)
     assert torch.equal(data.test.images, again.test.images)
 
 
@@ -263,7 +263,7 @@ def test_hidden_files_are_no_pictures_and_no_class_and_folders_are_not_searched(
     (tmp_path / "shades/train/.cache").mkdir()
     (tmp_path / "shades/train/dark/.DS_Store").write_text("no picture")
     (tmp_path / "shades/train/dark/deeper").mkdir()
-    assert len(part2.load_folder(tmp_path / "shades").train) == 60
+    assert len(part2.load_folder(tmp_path / "shades", 32).train) == 60
 
 
 def test_a_run_on_a_folder_is_continued_and_judged_again(shades_run, tmp_path, monkeypatch):
@@ -367,8 +367,8 @@ def test_many_files_are_read_in_batches_and_the_first_of_them_drawn(
 ):
     sizes, batches = [], utils.read_pictures
 
-    def by_seven(paths):
-        for images, good, bad in batches(paths, size=7):
+    def by_seven(paths, side):
+        for images, good, bad in batches(paths, side, size=7):
             sizes.append(len(images))
             yield images, good, bad
 
@@ -473,7 +473,7 @@ def test_an_export_needs_nothing_but_torch_and_tells_its_version(
     assert (
         part2.main(["--export", str(shades_run / "best.pt"), "--output-dir", str(tmp_path)]) == 0
     )
-    images = part2.load_folder(shades).train.images
+    images = part2.load_folder(shades, 32).train.images
     torch.save(images, tmp_path / "images.pt")
     command = [
         sys.executable,
@@ -501,7 +501,7 @@ def test_a_version_is_the_hash_of_best_pt_the_settings_the_libraries_and_the_dat
     config = json.loads((shades_run / "config.json").read_text())
     assert version["config"] | {"machine": version["machine"]} == config
     assert version["machine"]["torchvision"] == torchvision.__version__
-    data = part2.load_folder(shades)
+    data = part2.load_folder(shades, 32)
     pixels = data.test.images.numpy().tobytes() + data.test.labels.numpy().tobytes()
     assert version["data_md5"].keys() == {"train", "test"}
     assert version["data_md5"]["test"] == hashlib.md5(pixels).hexdigest()
