@@ -2345,7 +2345,7 @@ PRESETS = {
         "model": "strong", "dropout": 0.0, "crop_padding": 2, "crop_fill": "reflect",
         "flip": "alternating", "epochs": 9, "batch_size": 500, "optimizer": "muon",
         "lr": 0.12, "momentum": 0.6, "weight_decay": 0.01, "schedule": "linear",
-        "label_smoothing": 0.2, "tta": "shift", "select_on": "last",
+        "label_smoothing": 0.2, "tta": "shift", "tta_below": 0.75, "select_on": "last",
     },
     "resnet18": {
         "model": "resnet18", "dropout": 0.0, "flip": "alternating", "cutout": 8, "epochs": 14,

@@ -1220,14 +1220,14 @@ def describe_machine(device):
 # %% Several processes, as torchrun starts them
 
 
-def rank():
-    """Which of several processes this is, from 0."""
-    return int(os.environ.get("RANK", 0))
-
-
 def processes():
-    """How many train together."""
-    return int(os.environ.get("WORLD_SIZE", 1))
+    """How many train together: those that torchrun has started."""
+    return int(os.environ["WORLD_SIZE"]) if "TORCHELASTIC_RUN_ID" in os.environ else 1
+
+
+def rank():
+    """Which of them this is, from 0."""
+    return int(os.environ["RANK"]) if processes() > 1 else 0
 
 
 def join_processes():

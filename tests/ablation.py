@@ -61,8 +61,8 @@ CHANGES = {
     ],
     "tuned": [{}, {"tta": "none"}],
     "strong": [
-        {}, {"tta": "none"}, {"optimizer": "adamw", "lr": 0.002}, {"label_smoothing": 0.0},
-        {"flip": "random"}, {"schedule": "none"},
+        {}, {"tta": "none"}, {"tta_below": 1.0}, {"optimizer": "adamw", "lr": 0.002},
+        {"label_smoothing": 0.0}, {"flip": "random"}, {"schedule": "none"},
         {"model": "wide", "epochs": 36, "crop_padding": 4, "cutout": 12},
     ],
     "resnet18": [{}],
@@ -81,7 +81,7 @@ STRATEGIES = {
     "another course of the learning rate": {"warmup_epochs", "schedule"},
     "another optimizer, decay, clipping": {"optimizer", "weight_decay", "grad_clip"},
     "softer labels": {"label_smoothing"},
-    "averages of weights or of views": {"ema", "tta"},
+    "averages of weights or of views": {"ema", "tta", "tta_below"},
 }
 
 # Name, test accuracy in percent, seconds of training as published, on what, PFLOP if published;
@@ -207,7 +207,8 @@ def trained(preset, change, seed, here, data, runs):
     plain = part2.Settings(**part2.PRESETS[preset])
     this = {"preset": preset, "seed": seed, "dataset": data.key}
     this |= {"device": here.device, "precision": here.precision}
-    settings = replace(part2.Settings(**flags | this), tta=plain.tta)  # views do not change it
+    asked = part2.Settings(**flags | this)
+    settings = replace(asked, tta=plain.tta, tta_below=plain.tta_below)  # do not change it
     names = [
         f"{key}-{value}"
         for key, value in asdict(replace(settings, select_on=plain.select_on)).items()
@@ -225,7 +226,7 @@ def trained(preset, change, seed, here, data, runs):
     except KeyboardInterrupt:
         raise Interrupted("what is trained is saved; the same command continues") from None
     network = part2.kept_network(folder, training)
-    return replace(network, settings=replace(settings, tta=flags.get("tta", plain.tta)))
+    return replace(network, settings=asked)
 
 
 def machine(here):

@@ -284,6 +284,22 @@ def predict(checkpoint, output, *pictures):
     return part2.main([*how, "--predict", *map(str, pictures)])
 
 
+def test_own_pictures_are_read_as_large_as_the_network_sees_them(shades, tmp_path, untraced):
+    size = ["--model", "resnet18", "--image-size", "16:0.5,48:0.5", "--flip", "none"]
+    assert train(shades, tmp_path / "run", *size, "--epochs", "2") == 0
+    data = part2.load_folder(shades, 48)
+    assert data.test.images.shape == (15, 48, 48, 3)
+    files = sorted((shades / "test" / "grey").iterdir())
+    assert predict(tmp_path / "run", tmp_path / "out", *files) == 0
+    expected = in_float32(tmp_path / "run", data.test.images)
+    scores = read_table(tmp_path / "run" / "test_scores.csv")
+    found = np.array([[float(row[name]) for name in data.classes] for row in scores])
+    assert np.allclose(found, expected, atol=0.02)
+    assert part2.main(["--export", str(tmp_path / "run")]) == 0
+    model = torch.export.load(tmp_path / "run" / "model.pt2").module()
+    assert np.allclose(model(data.test.images), expected, atol=1e-5)
+
+
 def test_pictures_get_the_probabilities_that_the_test_images_had(shades, shades_run, tmp_path):
     folders = [shades / "test" / name for name in sorted(SHADES)]
     assert predict(shades_run, tmp_path, *folders) == 0
