@@ -138,7 +138,7 @@ def test_summary_and_gains_show_the_committed_table(tmp_path):
     summary = (Path(part2.__file__).parent / "SUMMARY.md").read_text(encoding="utf-8")
     gains = ablation.measured_gains(rows)
     for table in ablation.strategies_table(gains), ablation.presets_table(rows):
-        assert len(table) > 10 and "\n".join(table) in summary
+        assert len(table) > 6 and "\n".join(table) in summary
     ablation.write_gains(gains, tmp_path / "gains.csv")
     assert (tmp_path / "gains.csv").read_bytes() == part2.GAINS.read_bytes()
 
