@@ -120,6 +120,8 @@ def prepare_machine(settings):
             libc.mallopt(-4, 0), libc.mallopt(-1, 2**31 - 1)  # M_MMAP_MAX, M_TRIM_THRESHOLD
     if device.type == "cuda" and utils.processes() > 1:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        if device.index >= (count := torch.cuda.device_count()):
+            raise UserError(f"GPUs here: {count}; start no more processes than that on a machine")
         torch.cuda.set_device(device)
     here = {"device": str(device), "precision": precision, "threads": torch.get_num_threads()}
     return replace(settings, **here)
@@ -249,10 +251,10 @@ def batches(data, settings, epoch, size=None):
         Labels, int64 (b,), or of mixed images the shares of the classes, float (b, classes).
     """
     n, device = len(data.train), data.train.labels.device
-    size, side = min(size or settings.batch_size, n), side_in(settings, epoch)
+    each, side = min(size or settings.batch_size, n), side_in(settings, epoch)
     drawn = draw_epoch(n, settings, data.mirror, epoch, data.train.images.shape[1])
-    drawn = {name: part.to(device).split(size) for name, part in drawn.items()}
-    rank, processes = utils.rank(), utils.processes()
+    drawn = {name: part.to(device).split(each) for name, part in drawn.items()}
+    rank, processes = (utils.rank(), utils.processes()) if size is None else (0, 1)
     own = [rank] * (processes > 1)  # for dropout and mixup
     torch.manual_seed(derive_seed(settings.seed, LAYERS, epoch, *own))
     for step in zip(*drawn.values()):
@@ -293,11 +295,11 @@ class Training:
         torch.manual_seed(derive_seed(settings.seed, WEIGHTS))
         self.model = build_model(config_of(settings, data.classes))
         if settings.model in WHITENED:
-            first = data.train.images[:5000].cpu()
-            whiten(self.model[0], normalise(first, data.mean, data.std))
+            first = normalise(data.train.images[:5000].cpu(), data.mean, data.std)
+            whiten(self.model[0], resize(first, side_in(settings, 1)))
         self.model.to(settings.device, memory_format=torch.channels_last)
         self.steps = -(-len(data.train) // settings.batch_size)  # the last one may be smaller
-        self.groups = groups_of(self.model, settings)
+        self.groups = groups_of(self.model, settings.unfreeze)
         weights = [{"params": p, "lr": settings.lr / 3**i} for i, (_, p) in enumerate(self.groups)]
         self.optimizer = OPTIMIZERS[settings.optimizer](weights, settings)
         self.scheduler = build_scheduler(self.optimizer, settings, self.steps)
@@ -347,8 +349,13 @@ def train(training, folder, events=False):
             if pressed:
                 raise utils.Interrupted
     except KeyboardInterrupt:
+        if utils.rank():
+            raise SystemExit(130) from None  # the first one says how to continue
         raise utils.Interrupted(how_to_continue(training, folder)) from None
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
+        if "more than 1 value per channel" in str(error):
+            text = "this network cannot learn from the one image of the last batch"
+            raise UserError(f"{text}: give another --batch-size or --image-size") from error
         if not re.search("out of memory|cuDNN|CUBLAS", str(error)):
             raise
         size = max(1, training.settings.batch_size // 2)
@@ -365,7 +372,7 @@ def train_epoch(training, pressed=()):
     n, sums, gradients = len(training.data.train), torch.zeros(3, device=settings.device), 0
     start = shown = time.monotonic()
     training.model.train()  # dropout is on, and BatchNorm uses the statistics of the batch
-    unfreeze(training.groups, settings, epoch)
+    freeze(training.groups, learning(settings, epoch))
     for step, (images, targets) in enumerate(batches(training.data, settings, epoch)):
         (lr, *_) = training.scheduler.get_last_lr()
         norms, *found = train_step(training, images, targets, step % EVERY == 0, bool(pressed))
@@ -373,7 +380,8 @@ def train_epoch(training, pressed=()):
         # Adding on the device: asking for a number after each step would wait for the GPU.
         sums += torch.stack(found)
         if time.monotonic() - shown > 0.5:
-            check_finite(sums[0], row)
+            if utils.processes() == 1:  # or at the end, when all know
+                check_finite(sums[0], row)
             shown, seen = time.monotonic(), min(n, (step + 1) * settings.batch_size)
             later = (settings.epochs - epoch) * n
             bar = utils.progress_bar(seen, n, shown - start, later=later)
@@ -495,8 +503,12 @@ class Network:
 
     def input_of(self, images):
         """What the network takes, float (b, 3, side, side), of images as uint8 (b, h, w, 3)."""
-        last = side_in(self.settings, self.settings.epochs)
-        return resize(normalise(images, self.mean, self.std), last)
+        return resize(normalise(images, self.mean, self.std), self.side)
+
+    @property
+    def side(self):
+        """Side of the images that it takes: that of the last epoch."""
+        return side_in(self.settings, self.settings.epochs)
 
     @property
     def name(self):
@@ -536,6 +548,7 @@ def predict(network, images, batch=500):
     ``images`` are uint8 (n, h, w, 3), on the device of the network; logits float32 (n, classes).
     """
     first, *others = views_of(network)
+    batch = max(1 + len(others), batch * 32**2 // max(32, network.side) ** 2)
     with judging(network.model):
         logits = torch.cat([see(network, part, [first]) for part in images.split(batch)])
         if others:
@@ -788,7 +801,9 @@ def side_in(settings, epoch):
 
 
 def picture_side(settings):
-    """Side at which own pictures are read: the largest that the network sees, at least 32."""
+    """Side of the images in memory: of own pictures the largest that is seen, at least 32."""
+    if settings.dataset in DATASETS:
+        return 32
     return max(32, *(side for side, _ in stages(settings.image_size)))
 
 
@@ -871,8 +886,8 @@ def small_head(inputs, classes):
 def strong(dropout, classes, widths=(64, 256, 256)):
     """Build a thrifty relative of airbench94 (Jordan 2024, arXiv 2404.00498).
 
-    The first filters of each group are 2x2, which is cheaper and leaves an even side, of which the
-    pool drops nothing; the head sees means beside maxima, and there is one more cheap layer.
+    The first filters of each group are 2x2, which is cheaper and leaves images of 32 pixels an
+    even side, of which the pool drops nothing; the head sees means beside maxima.
     """
     layers, before = [nn.Conv2d(3, 24, 2, bias=False), nn.GELU()], 24  # (b, 24, 31, 31)
     layers[0].weight.requires_grad = False  # its filters are computed from the images
@@ -886,7 +901,7 @@ def strong(dropout, classes, widths=(64, 256, 256)):
 
 
 def wide(dropout, classes):
-    """Build the network of airbench95: `strong` with more filters."""
+    """Build `strong` with more filters, those of airbench95."""
     return strong(dropout, classes, widths=(128, 384, 384))
 
 
@@ -943,7 +958,7 @@ def of_torchvision(name, dropout, classes):
 
     model = get_model(name, num_classes=classes)
     for layer in model.modules():
-        if isinstance(layer, nn.Dropout):
+        if isinstance(layer, nn.Dropout) and layer.p:
             layer.p = dropout
     return model
 
@@ -976,13 +991,13 @@ def load_weights(model, settings):
             tell(f"{text}: {utils.some_of(names)}.")
 
 
-def groups_of(model, settings):
+def groups_of(model, how):
     """Modules and trainable weights, with --unfreeze all together, else from the head down.
 
     The head comes first, then the upper and the lower half of what is below it.
     """
     weights = [p for p in model.parameters() if p.requires_grad]
-    if settings.unfreeze == "all":
+    if how == "all":
         return [([model], weights)]
     parts = []
     for part in model.children():
@@ -997,20 +1012,22 @@ def groups_of(model, settings):
     return [*groups, (lower, [p for p in weights if p not in set.union(*above)])]
 
 
-def unfreeze(groups, settings, epoch):
-    """Let only those groups learn in an epoch whose turn has come; the rest is as in use.
+def learning(settings, epoch):
+    """How many of the groups learn in an epoch.
 
     (Howard and Ruder 2018, who also give each group a lower rate the deeper it lies.)
     """
-    if settings.unfreeze == "all":
-        return
     share = (epoch - 1) / settings.epochs
-    learning = 1 + (settings.unfreeze == "gradual") * ((share >= 0.1) + (share >= 0.3))
+    return 1 + (settings.unfreeze == "gradual") * ((share >= 0.1) + (share >= 0.3))
+
+
+def freeze(groups, part):
+    """Let only the first groups learn; the others are as in use, with frozen statistics."""
     for i, (modules, weights) in enumerate(groups):
         for module in modules:
-            module.train(i < learning)
+            module.train(i < part)
         for each in weights:
-            each.requires_grad_(i < learning)
+            each.requires_grad_(i < part)
 
 
 MODELS = {"small": small, "tuned": tuned, "strong": strong, "wide": wide, "resnet18": resnet18}
@@ -1050,7 +1067,11 @@ def try_device(device):
     few = Split(images, torch.zeros(4, dtype=torch.int64, device=device))
     how = tuple("0123456789"), CIFAR10_MEAN, CIFAR10_STD, True
     data = Data("trial", "trial", *how, few, few, few)
-    train_epoch(Training(Settings(device=str(device), precision="float32", epochs=1), data))
+    training = Training(Settings(device=str(device), precision="float32", epochs=1), data)
+    loss = F.cross_entropy(training.model(training.network.input_of(images)), few.labels)
+    loss.backward()
+    training.optimizer.step()
+    loss.item()  # waits until all is done
 
 
 def choose_precision(name, device):
@@ -1125,11 +1146,11 @@ OPTIMIZERS = {  # functions of the groups of trainable weights and the settings
     ),
     "muon": lambda w, s: Muon(w[0]["params"], s.lr, s.momentum, s.weight_decay),
 }
-SCHEDULES = {  # after the warm-up, from the optimizer, the steps of an epoch and of each cycle
-    "none": lambda optimizer, steps, cycle: rates.ConstantLR(optimizer, factor=1.0),
-    "step": lambda optimizer, steps, cycle: rates.StepLR(optimizer, 5 * steps, gamma=0.5),
-    "cosine": lambda optimizer, steps, cycle: rates.CosineAnnealingWarmRestarts(optimizer, cycle),
-    "linear": lambda optimizer, steps, cycle: rates.LinearLR(optimizer, 1.0, 0.0, cycle),
+SCHEDULES = {  # after the warm-up, from the optimizer, the steps of an epoch and those that remain
+    "none": lambda optimizer, steps, rest: rates.ConstantLR(optimizer, factor=1.0),
+    "step": lambda optimizer, steps, rest: rates.StepLR(optimizer, 5 * steps, gamma=0.5),
+    "cosine": lambda optimizer, steps, rest: rates.CosineAnnealingLR(optimizer, T_max=rest),
+    "linear": lambda optimizer, steps, rest: rates.LinearLR(optimizer, 1.0, 0.0, rest),
 }
 
 
@@ -1137,8 +1158,11 @@ def build_scheduler(optimizer, settings, steps):
     """Warm-up and then the schedule; ``steps`` per epoch, one call a step."""
     warm = min(round(settings.warmup_epochs * steps), settings.epochs * steps // 2)
     schedule = SCHEDULES[settings.schedule]
+    if settings.snapshots > 1:
+        cycle = settings.epochs // settings.snapshots * steps
+        return rates.CosineAnnealingWarmRestarts(optimizer, cycle)
     if not warm:
-        return schedule(optimizer, steps, settings.epochs * steps // settings.snapshots)
+        return schedule(optimizer, steps, settings.epochs * steps)
     rise = rates.LinearLR(optimizer, 1 / (warm + 1), 1.0, total_iters=warm)
     fall = schedule(optimizer, steps, settings.epochs * steps - warm)
     return rates.SequentialLR(optimizer, [rise, fall], milestones=[warm])
@@ -1214,13 +1238,15 @@ def firing(network, images):
     """
     layers = {n: m for n, m in network.model.named_modules() if isinstance(m, nn.ReLU)}
     plain = replace(network, settings=replace(network.settings, tta="none"))
-    fired = {}
+    fired, calls = {}, {}
 
     def see(name, output):
+        calls[name] = calls.get(name, 0) + 1  # a layer may be used more than once in a pass
+        name += f", use {calls[name]}" * (calls[name] > 1)
         fires = (output.reshape(*output.shape[:2], -1) > 0).any(2)  # (b, units)
         fired[name] = fired.get(name, 0) + fires.sum(0)
 
-    with watching(layers, see):
+    with watching(layers, see), watching({"": network.model}, lambda *_: calls.clear()):
         if layers:
             predict(plain, images)
     return {name: (count / len(images)).tolist() for name, count in fired.items()}
@@ -1232,7 +1258,7 @@ def maps_of(network, image):
     layers = {n: m for n, m in model.named_modules() if "Pool" not in type(m).__name__}
 
     def see(name, output):
-        if getattr(output, "ndim", 0) == 4 and min(output.shape[2:]) >= 3:
+        if getattr(output, "ndim", 0) == 4 and output.shape[2] == output.shape[3] >= 3:
             maps.pop(name, None)  # in the order in which they end
             maps[name] = output[0].float().cpu()
 
@@ -1392,9 +1418,8 @@ def describe(networks, data):
 
 def trainings(networks):
     """The networks without those that are earlier snapshots of another one."""
-    histories = [repr(network.history)[:-1] for network in networks]
-    alone = [sum(other.startswith(each) for other in histories) == 1 for each in histories]
-    return [network for network, each in zip(networks, alone) if each]
+    each = {repr(network.history)[:-1]: network for network in networks}
+    return [each[one] for one in each if not any(o != one and o.startswith(one) for o in each)]
 
 
 def train_pflop(network, images):
@@ -1404,7 +1429,14 @@ def train_pflop(network, images):
 
 
 def step_flops(settings, epoch, classes=range(10)):
-    """Operations of a training step of an epoch for each image, as torch counts them.
+    """Operations of a training step of an epoch for each image."""
+    what = settings.model, settings.dropout, len(classes), settings.unfreeze
+    return count_flops(*what, side_in(settings, epoch), learning(settings, epoch))
+
+
+@lru_cache
+def count_flops(model, dropout, classes, groups, side, part):
+    """Operations of a training step for each image, as torch counts them.
 
     Nothing is computed: on the meta device tensors have shapes and no values. (Going backward,
     torch itself would count a filter of one channel as one of all channels.)
@@ -1415,12 +1447,11 @@ def step_flops(settings, epoch, classes=range(10)):
         *_, wanted = args  # gradients of images, filters and biases
         return conv_flop_count(images, filters, out) * sum(wanted[:2])
 
-    side = side_in(settings, epoch)
     counts = {torch.ops.aten.convolution_backward: backward}
     with torch.device("meta"), FlopCounterMode(display=False, custom_mapping=counts) as counter:
-        model = build_model(config_of(settings, classes))
-        unfreeze(groups_of(model, settings), settings, epoch)
-        model(torch.zeros(2, 3, side, side)).sum().backward()
+        network = build_model({"model": model, "dropout": dropout, "classes": classes})
+        freeze(groups_of(network, groups), part)
+        network(torch.zeros(2, 3, side, side)).sum().backward()
     return counter.get_total_flops() / 2
 
 
@@ -1835,7 +1866,7 @@ def finished_runs(a):
         if network.classes != data.classes:
             raise UserError(f"{a.evaluate[i]} is for other classes than {data.name}: leave it out")
         if network.version["data_md5"] not in (None, data.md5):
-            text = "was trained and tested on other images than there are now: leave it out"
+            text = "had other images than there are now, or in another size: leave it out"
             raise UserError(f"{a.evaluate[i]} {text}")
         how = {key: getattr(here, key) for key in MACHINE}
         networks[i] = replace(network, settings=replace(network.settings, **how))
@@ -1865,7 +1896,7 @@ def how_to_continue(training, folder):
     done, epochs = len(training.history), training.settings.epochs
     if not done:
         return "no epoch is saved yet: run the same command to start over"
-    together = ["torchrun", f"--nproc-per-node={utils.processes()}"]
+    together = ["torchrun", "--standalone", f"--nproc-per-node={utils.processes()}"]
     script = together if utils.processes() > 1 else [sys.executable]
     script += [os.path.relpath(__file__), f"--resume={folder}"]
     script += [f"--data-dir={training.data.folder}", f"--epochs={epochs}"]
@@ -1973,7 +2004,8 @@ def handicaps(network):
     settings = network.settings
     moved = settings.crop_padding or (settings.flip != "none" and network.mirror)
     augmented = moved or settings.cutout or settings.mixup
-    return ["augmentation"] * bool(augmented) + ["dropout"] * bool(settings.dropout)
+    drops = any(isinstance(m, nn.Dropout) and m.p for m in network.model.modules())
+    return ["augmentation"] * bool(augmented) + ["dropout"] * drops
 
 
 def epoch_axes(figure):
@@ -2376,8 +2408,9 @@ def stages(text):
 def image_size(text):
     """Argparse type: what `stages` reads."""
     with suppress(ValueError):
-        sides, shares = zip(*stages(text))
-        if min(sides) >= 8 and max(sides) <= 512 and math.isclose(sum(shares), 1, abs_tol=0.01):
+        sides, shares = zip(*stages(text.replace("_", "?")))  # Python would read 1_6 as 16
+        whole = min(shares) > 0 and math.isclose(sum(shares), 1, abs_tol=0.01)
+        if whole and min(sides) >= 8 and max(sides) <= 512:
             return text
     text = f"{text[:30]!r} is no side from 8 to 512, or sides with shares that add up to 1"
     raise argparse.ArgumentTypeError(f"{text}, such as 24:0.5,32:0.5")
@@ -2557,6 +2590,10 @@ def choose_settings(a):
         return settings_to_resume(folder, given)
     if 0 < settings.mixup < 0.001:
         raise UserError(f"--mixup {settings.mixup:g} is too small: give 0 or at least 0.001")
+    if settings.batch_size < utils.processes():
+        raise UserError(f"--batch-size {settings.batch_size} is less than an image for a process")
+    if "tta_below" in given and settings.tta == "none":
+        raise UserError("--tta-below is for other views: give a --tta, too")
     if "momentum" in given and settings.optimizer in ("adam", "adamw"):
         raise UserError(f"--momentum is for sgd and muon; {settings.optimizer} has its own")
     if settings.weights == "default" and not settings.model.startswith(ELSEWHERE):
@@ -2568,13 +2605,11 @@ def choose_settings(a):
         raise UserError(
             "--snapshots needs --schedule cosine, no warm-up, and epochs that it divides evenly"
         )
-    for epoch in {side_in(settings, i): i for i in range(1, settings.epochs + 1)}.values():
+    for side, _ in stages(settings.image_size):
         try:
-            step_flops(settings, epoch)
+            count_flops(settings.model, settings.dropout, 10, "all", side, part=1)
         except Exception as error:  # each network refuses in its own way
-            text = (
-                f"{settings.model} cannot learn from images of {side_in(settings, epoch)} pixels"
-            )
+            text = f"{settings.model} cannot learn from images of {side} pixels"
             raise UserError(f"{text}: give another --image-size or --model") from error
     if "crop_fill" in given and not settings.crop_padding:
         raise UserError("--crop-fill is for shifted images: give a --crop-padding, too")
@@ -2601,10 +2636,12 @@ def settings_to_resume(folder, given):
     if wrong:
         raise UserError(f"the run in {folder} has no {flags_text(wrong)}: leave that out")
     ends = stored.schedule not in ("none", "step") or 2 * stored.warmup_epochs >= stored.epochs
+    ends = ends or len(stages(stored.image_size)) > 1 or stored.unfreeze == "gradual"
     if settings.epochs < stored.epochs or (settings.epochs > stored.epochs and ends):
         raise UserError(
             f"the run in {folder} has {stored.epochs} epochs, schedule {stored.schedule}: a run "
-            "can only get longer, with schedule none or step and a warm-up of less than half of it"
+            "can only get longer, with schedule none or step, a warm-up of less than half of it, "
+            "images of one size and no gradual unfreezing"
         )
     return settings, state
 

@@ -1259,13 +1259,13 @@ def sum_over_processes(values):
 
         try:
             torch.distributed.all_reduce(values)
-        except RuntimeError:  # another process has ended, and has said why
+        except RuntimeError:  # another process has ended: it says why, or torchrun does
             raise SystemExit(1) from None
     return values
 
 
 def average_gradients(weights, n, stop):
-    """Give each process the mean of all gradients, by number of images; whether any is to stop."""
+    """Give each process the mean of all gradients, by images; return whether any asks to stop."""
     if processes() == 1:
         return stop
     import torch
@@ -1349,7 +1349,8 @@ def load_checkpoint(path):
 def load_state(path):
     """Read the tensors of a state dict, by name, or those of the network in a checkpoint."""
     stored, _ = _load(path)
-    stored = stored.get("model", stored) if isinstance(stored, dict) else {}
+    stored = stored if isinstance(stored, dict) else {}
+    stored = stored["model"] if isinstance(stored.get("model"), dict) else stored
     return {name: value for name, value in stored.items() if hasattr(value, "shape")}
 
 
@@ -1359,9 +1360,9 @@ def download_weights(weights):
 
     try:
         return weights.get_state_dict(progress=True, check_hash=True)
-    except (OSError, RuntimeError) as error:  # no network, or other bytes than there should be
+    except Exception as error:  # no network; or a damaged file, which can raise almost anything
         folder = Path(torch.hub.get_dir(), "checkpoints")
-        text = f"cannot download {weights.url} ({error}): put that file into {folder}"
+        text = f"cannot load {weights.url} ({error}): put that file, whole, into {folder}"
         raise UserError(text) from error
 
 

@@ -151,7 +151,9 @@ def test_images_have_the_sides_asked_for_in_turn(data):
     assert cam.shape == (3, 32, 32)
 
 
-@pytest.mark.parametrize("text", ["7", "513", "24:0.5", "24:0.5,32:0.6", "", "a:b", "24,32"])
+@pytest.mark.parametrize(
+    "text", ["7", "513", "1_6", "24:-1,32:2", "24:0.5", "24:0.5,32:0.6", "", "a:b", "24,32"]
+)
 def test_other_sides_are_refused(text, tmp_path, capsys):
     assert run(tmp_path, f"--image-size={text}") == 2
     assert "24:0.5,32:0.5" in error_line(capsys) and not any(tmp_path.iterdir())
@@ -511,8 +513,9 @@ def test_schedules_at_their_knots():
     assert rates == [1.0] * 50 + [0.5] * 50 and end == 0.25
     rates, end = rates_of("linear")
     assert rates == pytest.approx([1 - i / 100 for i in range(100)]) and end == pytest.approx(0)
-    rates, _ = rates_of("cosine")  # after its last step another cycle would begin
-    assert rates == pytest.approx([(1 + math.cos(math.pi * i / 100)) / 2 for i in range(100)])
+    rates, end = rates_of("cosine")
+    expected = [(1 + math.cos(math.pi * i / 100)) / 2 for i in range(100)]
+    assert rates == pytest.approx(expected) and end == pytest.approx(0, abs=1e-9)
     rates, _ = rates_of("cosine", snapshots=2)
     assert rates == pytest.approx([(1 + math.cos(math.pi * i / 50)) / 2 for i in range(50)] * 2)
 
@@ -537,6 +540,8 @@ def test_snapshots_are_the_ends_of_the_cycles_and_count_as_one_training(few_digi
         assert both["train_seconds"] == pytest.approx(whole["train_seconds"])
         assert both["train_pflop"] == whole["train_pflop"] > 0
         assert both["best_epoch"] == [2, 4] and both["networks"] == 2
+        twice = [str(tmp_path / "run"), str(names[1]), "--output-dir", str(tmp_path / "same")]
+        assert part2.main(["--evaluate", *twice]) == 0
         names[0].unlink()
         run(tmp_path / "run", "--epochs", "1", "--overwrite")
         assert not list((tmp_path / "run").glob("snapshot-*"))
@@ -574,7 +579,7 @@ def test_warmup_rises_evenly_to_the_full_rate_and_the_schedule_follows(schedule)
     assert rates[20] == pytest.approx(1)
     alone, _ = rates_of(schedule, epochs=8)
     assert rates[20:] == pytest.approx(alone, abs=1e-9)
-    assert end == pytest.approx({"step": 0.5, "linear": 0}.get(schedule, 1), abs=1e-9)
+    assert end == pytest.approx({"none": 1, "step": 0.5}.get(schedule, 0), abs=1e-9)
 
 
 def test_warmup_may_end_within_an_epoch():
@@ -689,7 +694,7 @@ def test_presets_train_and_only_use_what_is_there(data, preset):
 # ------------------------------------------------- networks and weights from elsewhere
 
 
-@pytest.mark.parametrize("name", ["torchvision:resnet18", TINY, "torchvision:densenet121"])
+@pytest.mark.parametrize("name", ["torchvision:resnet50", TINY, "torchvision:densenet121"])
 def test_torchvision_networks_learn(name, few_digits, tmp_path):
     with quick_runs(few_digits):
         options = f"--model {name} --image-size 64 --epochs 1 --batch-size 100".split()
@@ -710,12 +715,28 @@ def test_torchvision_networks_learn(name, few_digits, tmp_path):
         ("--model torchvision:vit_b_16 --image-size 64", "cannot learn from images of 64 pixels"),
         ("--weights default", "--weights default is for --model torchvision:NAME"),
         ("--weights nowhere.pt", "is no file"),
+        ("--tta-below 0.5", "give a --tta, too"),
         ("--optimizer muon --unfreeze gradual", "--unfreeze is not for muon"),
     ],
 )
 def test_networks_and_weights_that_cannot_be_are_refused(options, text, tmp_path, capsys):
     assert run(tmp_path, *options.split()) == 2
     assert text in error_line(capsys) and not any(tmp_path.iterdir())
+
+
+def test_a_last_batch_of_one_image_that_cannot_be_normalised(few_digits, tmp_path, capsys):
+    n = len(set_aside(few_digits, "val").train)
+    with quick_runs(few_digits):
+        assert run(tmp_path, "--model", "torchvision:resnet18", "--batch-size", str(n - 1)) == 2
+    assert "the one image of the last batch" in error_line(capsys)
+
+
+def test_a_layer_that_is_used_more_than_once_fires_each_time(data):
+    shared = nn.ReLU()
+    model = nn.Sequential(nn.Flatten(), shared, nn.Linear(3072, 5), shared, nn.Linear(5, 10))
+    fires = part2.firing(network_with(model, data), data.train.images[:700])
+    assert {name: len(shares) for name, shares in fires.items()} == {"1": 3072, "1, use 2": 5}
+    assert all(0 <= share <= 1 for shares in fires.values() for share in shares)
 
 
 @pytest.fixture
