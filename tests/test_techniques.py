@@ -7,6 +7,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import bench_part2
+import lite0
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
@@ -651,13 +652,18 @@ def test_the_first_layer_starts_white_and_stays_so_unless_tuned(data, name):
 def test_strong_starts_by_passing_its_input_through():
     layers = list(build_model(asdict(SETTINGS) | {"model": "strong"}))
     convs = [layer for layer in layers[1:] if isinstance(layer, nn.Conv2d)]
-    assert len(convs) == sum(isinstance(layer, part2.BiasNorm) for layer in layers) == 6
+    assert len(convs) == sum(isinstance(layer, part2.BiasNorm) for layer in layers) == 7
+    assert [conv.kernel_size[0] for conv in convs] == [2, 3, 2, 3, 2, 3, 3]
     for conv in convs:
         images = torch.randn(2, conv.in_channels, 8, 8)
-        assert torch.allclose(conv(images)[:, : conv.in_channels], images, atol=1e-6)
+        seen = images[:, :, 1:, 1:] if conv.kernel_size == (2, 2) else images
+        assert torch.allclose(conv(images)[:, : conv.in_channels], seen, atol=1e-6)
+    maps = torch.rand(2, 3, 5, 5)
+    both = part2.MaxAndMean()(maps)
+    assert torch.allclose(both, torch.cat([maps.amax((2, 3)), maps.mean((2, 3))], 1))
 
 
-@pytest.mark.parametrize("name, inputs", [("tuned", 3072), ("strong", 256), ("wide", 384)])
+@pytest.mark.parametrize("name, inputs", [("tuned", 3072), ("strong", 512), ("wide", 768)])
 def test_the_last_layer_starts_small(name, inputs):
     weights = build_model(asdict(SETTINGS) | {"model": name})[-1].weight
     assert weights.shape == (10, inputs)
@@ -855,3 +861,41 @@ def test_a_frozen_backbone_stays_as_it_is(data):
     few = replace(data, train=data.train[:40], valid=data.train[:0])
     training = training_with(few, model=TINY, unfreeze="none", epochs=2, batch_size=20)
     assert [grads_of(training) for _ in range(2)] == [({"classifier"}, set(range(13)))] * 2
+
+
+def test_lite0_learns_from_weights_in_the_order_of_the_package(
+    few_digits, tmp_path, monkeypatch, capsys
+):
+    model = lite0.lite0(0.2, 1000)
+    assert (
+        len(model.state_dict()) == 296 and sum(p.numel() for p in model.parameters()) == 4_652_008
+    )
+    folder = tmp_path / lite0.PACKAGE
+    (folder / "models").mkdir(parents=True)
+    (folder / "__init__.py").write_text("")
+    theirs = {f"other.{i}": value for i, value in enumerate(model.state_dict().values())}
+    torch.save(theirs, folder / "models" / "weights.pth")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    monkeypatch.setattr(part2, "MODELS", dict(part2.MODELS))
+    options = [
+        "--dataset",
+        "digits",
+        "--unfreeze",
+        "none",
+        "--image-size",
+        "64",
+        "--epochs",
+        "1",
+        "--device",
+        "cpu",
+    ]
+    with quick_runs(few_digits):
+        assert lite0.main([*options, "--output-dir", str(tmp_path / "run")]) == 0
+        assert "294 of 296 tensors" in capsys.readouterr().out
+        assert lite0.main(["--resume", str(tmp_path / "run")]) == 0
+    state = part2.load_network(tmp_path / "run").model.state_dict()
+    assert torch.equal(list(state.values())[0], list(theirs.values())[0])
+    monkeypatch.setattr(lite0, "PACKAGE", "not_there")
+    with pytest.raises(SystemExit, match="install not-there"):
+        lite0.main(options)
