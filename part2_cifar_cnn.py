@@ -1501,6 +1501,23 @@ def introduce(training):
         f"{settings.optimizer}, learning rate {settings.lr:g}, schedule {settings.schedule}, "
         f"batches of {settings.batch_size}, epochs: {settings.epochs}, seed {settings.seed}."
     )
+    usual = asdict(Settings())
+    told = {
+        "preset",
+        "dataset",
+        "model",
+        "optimizer",
+        "lr",
+        "schedule",
+        "batch_size",
+        "epochs",
+        "seed",
+    }
+    others = {
+        k: v for k, v in asdict(settings).items() if v != usual[k] and k not in MACHINE | told
+    }
+    if others:
+        tell(f"Besides: {flags_text(others)}.")
     say("", f"3. Training ({training.steps} steps an epoch)")
     if done := len(training.history):
         finished = "This run is finished: nothing is left to train, so it is judged again."
@@ -1600,6 +1617,8 @@ def choice_text(result):
     chosen_on = [network.settings.select_on for network in result.networks]
     n = len(chosen_on)
     how = CHOSEN["test" if result.split in chosen_on else chosen_on[0]]
+    if n == 1 and result.networks[0].path.name.startswith("snapshot"):
+        return f"with epoch {result.metrics['best_epoch']}, the end of a cycle"
     if n == 1:
         return f"with epoch {result.metrics['best_epoch']}, {how}"
     weighed = None not in map(validation_accuracy, result.networks)
@@ -2395,7 +2414,8 @@ def network_name(text):
     theirs = {*models.list_models(models)} - {"googlenet", "inception_v3"}
     if text not in [*MODELS, *(ELSEWHERE + name for name in theirs)]:
         names = ", ".join([*MODELS, f"{ELSEWHERE}NAME"])
-        raise argparse.ArgumentTypeError(f"{text[:40]!r} is no network to train here: {names} are")
+        text = f"{text[:40]!r} is no network to train here: {names} are"
+        raise argparse.ArgumentTypeError(f"{text}; torchvision.models.list_models() has the names")
     return text
 
 

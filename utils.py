@@ -1386,7 +1386,7 @@ def _load(path):
     except OSError as error:
         raise UserError(f"cannot read {path} ({error.strerror}): name another file") from error
     except Exception as error:  # a damaged file can raise almost anything
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = re.split(r"\n|\. ", str(error))[0] or type(error).__name__
         text = f"{path} is not a readable checkpoint ({reason}): name another file"
         raise UserError(text) from error
 
