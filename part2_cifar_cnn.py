@@ -1617,7 +1617,7 @@ def choice_text(result):
     chosen_on = [network.settings.select_on for network in result.networks]
     n = len(chosen_on)
     how = CHOSEN["test" if result.split in chosen_on else chosen_on[0]]
-    if n == 1 and result.networks[0].path.name.startswith("snapshot"):
+    if n == 1 and re.search(r"snapshot-\d+\.pt$", str(result.networks[0].path)):
         return f"with epoch {result.metrics['best_epoch']}, the end of a cycle"
     if n == 1:
         return f"with epoch {result.metrics['best_epoch']}, {how}"
@@ -2023,8 +2023,7 @@ def handicaps(network):
     settings = network.settings
     moved = settings.crop_padding or (settings.flip != "none" and network.mirror)
     augmented = moved or settings.cutout or settings.mixup
-    drops = any(isinstance(m, nn.Dropout) and m.p for m in network.model.modules())
-    return ["augmentation"] * bool(augmented) + ["dropout"] * drops
+    return ["augmentation"] * bool(augmented) + ["dropout"] * bool(settings.dropout)
 
 
 def epoch_axes(figure):
