@@ -2472,7 +2472,7 @@ class Settings:
     unfreeze: str = flag(
         "all",
         ("all", "gradual", "none"),
-        "what learns: all, first the head and then more, or that",
+        "what learns: all; gradual: first the head, then more; none: nothing but the head",
     )
     dropout: float = flag(0.5, number(0, 1, "[)"), "share of units dropped")
     # images
@@ -2499,7 +2499,7 @@ class Settings:
         SCHEDULES,
         "learning-rate schedule: step halves it every 5 epochs; cosine and linear end at 0",
     )
-    snapshots: int = flag(1, integer(1), "cosine cycles, each of which leaves a snapshot-N.pt")
+    snapshots: int = flag(1, integer(1), "cosine cycles, each with a snapshot-N.pt at its end")
     warmup_epochs: float = flag(0.0, number(0, 1e6), "epochs of linear rise, at most half of all")
     label_smoothing: float = flag(0.0, number(0, 1, "[)"), "share of the target spread evenly")
     grad_clip: float = flag(0.0, number(0), "largest norm of the gradient, 0 for any")
