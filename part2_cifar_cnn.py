@@ -1009,7 +1009,8 @@ def groups_of(model, how):
     head, upper, lower = parts[-1:], parts[half:-1], parts[:half]
     above = [{p for module in modules for p in module.parameters()} for modules in (head, upper)]
     groups = [(m, [p for p in weights if p in inside]) for m, inside in zip((head, upper), above)]
-    return [*groups, (lower, [p for p in weights if p not in set.union(*above)])]
+    inside = set.union(*above)
+    return [*groups, (lower, [p for p in weights if p not in inside])]
 
 
 def learning(settings, epoch):
@@ -1787,7 +1788,7 @@ def load_network(path):
         version = {"sha256": utils.sha256_of(path), "temperature": network.temperature}
         version |= {key: stored.get(key) for key in ("config", "data_md5", "machine")}
         return replace(network, version=version)
-    except (RuntimeError, KeyError, TypeError, ValueError, argparse.ArgumentTypeError) as error:
+    except (RuntimeError, KeyError, TypeError, ValueError) as error:
         text = f"{path} is of another architecture or version ({error}): train again"
         raise UserError(text) from error
 
@@ -2647,7 +2648,7 @@ def settings_to_resume(folder, given):
     state = utils.load_checkpoint(path)
     try:
         stored = settings_of(state["config"])
-    except (KeyError, TypeError, ValueError, argparse.ArgumentTypeError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path} is of another version ({error}): start again") from error
     free = {k: v for k, v in given.items() if k in ("device", "epochs", "threads")}
     settings = replace(stored, **{"threads": 0} | free)
@@ -2666,11 +2667,14 @@ def settings_to_resume(folder, given):
 
 
 def settings_of(config):
-    """The settings in a checkpoint; an error if they are of another version of this script.
+    """The settings in a checkpoint; ValueError if they are of another version of this script.
 
     An option that is newer than the checkpoint has its default, as it had in effect.
     """
-    network_name(config["model"])
+    try:
+        network_name(config["model"])
+    except argparse.ArgumentTypeError as error:
+        raise ValueError(str(error)) from error
     for option in fields(Settings):
         value = config.get(option.name, option.default)
         if value not in option.metadata.get("choices", [value]):
