@@ -103,6 +103,10 @@ class Parser(argparse.ArgumentParser):
         """Raise what argparse would print below its whole usage."""
         raise UserError(f"{message} (--help lists the options)")
 
+    def format_help(self):
+        """Say a default only where there is one."""
+        return re.sub(r"\s+\(default:\s+(None|False)\)", "", super().format_help())
+
 
 def number(low, high=math.inf, ends="[]", kind=float):
     """Argparse type: a finite number from ``low`` to ``high``; ``ends`` as in [0, 1)."""
