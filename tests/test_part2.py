@@ -4,11 +4,10 @@ import itertools
 import json
 import pickle
 import re
-import shlex
 import socket
 from collections import Counter
 from contextlib import redirect_stdout
-from dataclasses import asdict, make_dataclass, replace
+from dataclasses import asdict, replace
 from io import StringIO
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,12 +16,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-import torchvision
 from helpers import (
     as_tensors,
     error_line,
     first,
-    make_pictures,
     network_of,
     read_table,
     run_epoch,
@@ -32,7 +29,6 @@ from matplotlib.image import imread
 from scipy.stats import binomtest
 from sklearn import datasets as sk_datasets
 from sklearn import metrics as sk
-from torch.distributed.run import get_args_parser
 from torchvision.transforms.v2 import functional as tv
 
 import part1_threshold as part1
@@ -144,6 +140,7 @@ def test_digits_are_split_by_class_and_normalised_by_their_training_pixels(digit
 def test_digits_are_never_mirrored(digits, monkeypatch, preset):
     calls = spy(monkeypatch, "crop_and_flip")
     options = part2.PRESETS[preset] | {"model": "small", "batch_size": 64, "select_on": "val"}
+    options |= {"weights": "none", "unfreeze": "all", "image_size": "32"}
     for mirror in (False, True):
         calls.clear()
         data = set_aside(replace(first(digits, 200), mirror=mirror), "val")
@@ -832,149 +829,3 @@ def test_evaluate_refuses_what_it_cannot_average(run, tmp_path, capsys):
         assert part2.main([*options, "--output-dir", str(tmp_path / "out")]) == 2
         error_line(capsys)
     assert not (tmp_path / "out").exists()
-
-
-# ---------------------------------------------------------- what can be added
-
-QUICK = ["--dataset", "digits", "--epochs", "1", "--precision", "float32", "--output-dir"]
-
-
-def test_a_new_network_is_one_function_and_one_entry(quick, monkeypatch, tmp_path):
-    def linear(dropout, classes):
-        return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3072, classes))
-
-    monkeypatch.setitem(part2.MODELS, "linear", linear)
-    assert part2.main([*QUICK, str(tmp_path), "--model", "linear"]) == 0
-    assert json.loads((tmp_path / "metrics.json").read_text())["parameters"] == 30_730
-
-
-def test_a_new_optimizer_and_a_new_schedule_are_one_entry_each(quick, monkeypatch, tmp_path):
-    def adagrad(weights, settings):
-        return torch.optim.Adagrad(weights, settings.lr)
-
-    def tenth(optimizer, steps, rest):
-        return torch.optim.lr_scheduler.ConstantLR(optimizer, 0.1, rest)
-
-    monkeypatch.setitem(part2.OPTIMIZERS, "adagrad", adagrad)
-    monkeypatch.setitem(part2.SCHEDULES, "tenth", tenth)
-    options = ["--optimizer", "adagrad", "--schedule", "tenth", "--lr", "0.01"]
-    assert part2.main([*QUICK, str(tmp_path), *options]) == 0
-    assert float(read_table(tmp_path / "history.csv")[0]["lr"]) == pytest.approx(0.001)
-
-
-def test_a_new_metric_and_a_new_figure_are_one_function_and_one_entry(
-    quick, monkeypatch, tmp_path
-):
-    def top_3(labels, probs, classes):
-        return np.mean([label in row.argsort()[-3:] for label, row in zip(labels, probs)])
-
-    def plot_top_3(plt, result):
-        figure, axes = plt.subplots()
-        axes.set_title(f"{result.metrics['top_3']:.0%}")
-        return figure
-
-    monkeypatch.setitem(part2.METRICS, "top_3", top_3)
-    monkeypatch.setitem(part2.FIGURES, "06_top_3", plot_top_3)
-    assert part2.main([*QUICK, str(tmp_path)]) == 0
-    metrics = json.loads((tmp_path / "metrics.json").read_text())
-    assert metrics["accuracy"] <= metrics["top_3"] <= 1
-    assert (tmp_path / "06_top_3.png").exists()
-
-
-def test_a_new_augmentation_is_one_function_and_one_option(quick, digits, monkeypatch, tmp_path):
-    def grey(images, targets, share, *_):
-        return (1 - share) * images + share * images.mean((2, 3), keepdim=True), targets
-
-    option = part2.flag(0.0, utils.number(0, 1), "share of grey", augment=grey)
-    with_grey = make_dataclass(
-        "Settings", [("grey", float, option)], bases=(Settings,), frozen=True
-    )
-    monkeypatch.setattr(part2, "Settings", with_grey)
-    assert part2.main([*QUICK, str(tmp_path), "--grey", "1"]) == 0
-    assert json.loads((tmp_path / "config.json").read_text())["grey"] == 1
-    data, settings = set_aside(digits, "last"), with_grey(**asdict(SETTINGS), grey=1.0)
-    images, _ = next(batches(data, settings, 1))
-    assert images.flatten(2).std(-1).max() < 1e-6
-
-
-# ---------------------------------------------------------------------- README
-
-
-def readme_commands():
-    """Arguments of each run of a script in README's code blocks, the script first."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8").replace("\\\n", " ")
-    for block in re.findall(r"^```sh\n(.*?)^```", text, re.M | re.S):
-        for line in block.splitlines():
-            words = shlex.shlex(line.removeprefix("$ "), posix=True, punctuation_chars=True)
-            words.whitespace_split = True
-            command = []
-            for word in [*words, ";"]:
-                if set(word) <= set("();<>|&"):
-                    if command:
-                        yield command
-                    command = []
-                elif command or word.endswith(("part1_threshold.py", "part2_cifar_cnn.py")):
-                    command.append(word)
-
-
-COMMANDS = list(readme_commands())
-LATER = {"--resume", "--evaluate", "--predict", "--export"}  # for runs that are there
-TRAINING = [c for c in COMMANDS if "part2" in c[0] and not LATER & set(c)]
-
-
-def test_readme_has_commands_of_both_scripts():
-    scripts = {command[0].rpartition("/")[2] for command in COMMANDS}
-    assert scripts == {"part1_threshold.py", "part2_cifar_cnn.py"}
-
-
-@pytest.mark.parametrize("command", [c for c in COMMANDS if "part1" in c[0]], ids=" ".join)
-def test_readme_command_of_part_1_runs(command, tmp_path, monkeypatch):
-    monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(part1, "FIGURES", {})  # drawn by the tests of part 1
-    assert part1.main([*command[1:], "--output-dir", str(tmp_path)]) == 0
-    assert (tmp_path / "summary.json").exists()
-
-
-def random_weights(weights):
-    """In place of a download: what such a file would hold, but for the values."""
-    name = type(weights).__name__.removesuffix("_Weights").lower()
-    return torchvision.models.get_model(name).state_dict()
-
-
-@pytest.mark.parametrize("command", TRAINING, ids=" ".join)
-def test_readme_command_of_part_2_trains(quick, tmp_path, monkeypatch, command):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(utils, "download_weights", random_weights)
-    (tmp_path / "pictures").mkdir()
-    short = ["--epochs", "1", "--warmup-epochs", "0", "--dataset", "digits", "--output-dir"]
-    assert part2.main([*command[1:], *short, str(tmp_path)]) == 0
-    assert (tmp_path / "metrics.json").exists()
-
-
-def test_readme_commands_for_runs_that_are_there_work(quick, few_digits, tmp_path, monkeypatch):
-    """In README's order, each on a few digits and for an epoch."""
-    monkeypatch.chdir(tmp_path)
-    make_pictures(tmp_path / "pictures/train", {"cat": 30, "dog": 220}, 5, seed=0)
-    few = replace(few_digits, key="cifar10", name="CIFAR-10")
-    monkeypatch.setattr(part2, "load_cifar10", lambda folder: few)
-    monkeypatch.setattr(utils, "download_weights", random_weights)
-    for command in (c for c in COMMANDS if "part2" in c[0]):
-        short = (
-            []
-            if LATER & set(command)
-            else ["--epochs", "1", "--warmup-epochs", "0", "--overwrite"]
-        )
-        assert part2.main([*command[1:], *short]) == 0, command
-
-
-def test_every_option_in_readme_is_an_option(capsys):
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    text = re.sub(r"^```python\n.*?^```", "", text, flags=re.M | re.S)  # its own examples
-    text = text.replace("tensorboard --logdir", "")
-    for main in (part1.main, part2.main):
-        with pytest.raises(SystemExit):
-            main(["--help"])
-    known = set(re.findall(r"--[a-z][a-z-]*", capsys.readouterr().out))
-    known |= set(re.findall(r"--[a-z][a-z-]*", (ROOT / "tests/ablation.py").read_text()))
-    known |= {text for action in get_args_parser()._actions for text in action.option_strings}
-    assert set(re.findall(r"--[a-z][a-z-]+", text)) - known == set()

@@ -1,0 +1,307 @@
+"""README keeps its word: commands, code, options, numbers, and the talk."""
+
+import importlib.util
+import json
+import re
+import shlex
+import sys
+from contextlib import redirect_stdout, suppress
+from dataclasses import replace
+from io import StringIO
+from pathlib import Path
+from types import SimpleNamespace
+
+import ablation
+import numpy as np
+import pytest
+import torchvision
+from helpers import make_pictures, read_table
+from torch.distributed.run import get_args_parser
+
+import part1_threshold as part1
+import part2_cifar_cnn as part2
+import utils
+
+ROOT = Path(part2.__file__).resolve().parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+SCRIPTS = {1: part1, 2: part2}
+
+
+def section(title):
+    """What stands below a heading of the second level."""
+    return README.split(f"\n## {title}\n")[1].split("\n## ")[0]
+
+
+def code(text, language):
+    """The blocks of code in a part of README."""
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.M | re.S)
+
+
+# -------------------------------------------------------------------- commands
+
+
+def readme_commands():
+    """Arguments of each run of a script in README's code blocks, the script first."""
+    for block in code(README.replace("\\\n", " "), "sh"):
+        for line in block.splitlines():
+            words = shlex.shlex(line.removeprefix("$ "), posix=True, punctuation_chars=True)
+            words.whitespace_split = True
+            command = []
+            for word in [*words, ";"]:
+                if set(word) <= set("();<>|&"):
+                    if command:
+                        yield command
+                    command = []
+                elif command or word.endswith(("part1_threshold.py", "part2_cifar_cnn.py")):
+                    command.append(word)
+
+
+COMMANDS = list(readme_commands())
+LATER = {"--resume", "--evaluate", "--predict", "--export"}  # for runs that are there
+TRAINING = [c for c in COMMANDS if "part2" in c[0] and not LATER & set(c)]
+
+
+def test_readme_has_commands_of_both_scripts():
+    scripts = {command[0].rpartition("/")[2] for command in COMMANDS}
+    assert scripts == {"part1_threshold.py", "part2_cifar_cnn.py"}
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if "part1" in c[0]], ids=" ".join)
+def test_readme_command_of_part_1_runs(command, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(part1, "FIGURES", {})  # drawn by the tests of part 1
+    assert part1.main([*command[1:], "--output-dir", str(tmp_path)]) == 0
+    assert (tmp_path / "summary.json").exists()
+
+
+def random_weights(weights):
+    """In place of a download: what such a file would hold, but for the values."""
+    name = type(weights).__name__.removesuffix("_Weights").lower()
+    return torchvision.models.get_model(name).state_dict()
+
+
+@pytest.mark.parametrize("command", TRAINING, ids=" ".join)
+def test_readme_command_of_part_2_trains(quick, tmp_path, monkeypatch, command):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(utils, "download_weights", random_weights)
+    (tmp_path / "pictures").mkdir()
+    short = ["--epochs", "1", "--warmup-epochs", "0", "--dataset", "digits", "--output-dir"]
+    assert part2.main([*command[1:], *short, str(tmp_path)]) == 0
+    assert (tmp_path / "metrics.json").exists()
+
+
+def test_readme_commands_for_runs_that_are_there_work(quick, few_digits, tmp_path, monkeypatch):
+    """In README's order, each on a few digits and for an epoch."""
+    monkeypatch.chdir(tmp_path)
+    make_pictures(tmp_path / "pictures/train", {"cat": 30, "dog": 220}, 5, seed=0)
+    few = replace(few_digits, key="cifar10", name="CIFAR-10")
+    monkeypatch.setattr(part2, "load_cifar10", lambda folder: few)
+    monkeypatch.setattr(utils, "download_weights", random_weights)
+    for command in (c for c in COMMANDS if "part2" in c[0]):
+        there = LATER & set(command)
+        short = [] if there else ["--epochs", "1", "--warmup-epochs", "0", "--overwrite"]
+        assert part2.main([*command[1:], *short]) == 0, command
+
+
+# --------------------------------------------------------------------- options
+
+
+def help_of(script):
+    """What --help prints on a terminal where nothing has to be wrapped."""
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(StringIO()) as text:
+        patch.setenv("COLUMNS", "1000")
+        with suppress(SystemExit):
+            script.main(["--help"])
+    return text.getvalue()
+
+
+def option_table(text):
+    """What --help says of each option, as a table in Markdown."""
+    rows = ["| option | values | default | what it does |", "|---|---|---|---|"]
+    for name, values, what in re.findall(
+        r"^  (--[a-z-]+)(?: (\S[^\n]*?))?(?: {2,}|\n {3,})(\S.*)$", text, re.M
+    ):
+        what, _, default = what.removesuffix(")").partition(" (default: ")
+        values = values[1:-1].replace(",", ", ") if values.startswith("{") else ""
+        rows.append(f"| `{name}` | {values} | {default} | {what} |")
+    return "\n".join(rows)
+
+
+@pytest.mark.parametrize("part", SCRIPTS)
+def test_the_table_of_options_is_what_help_says(part):
+    text = help_of(SCRIPTS[part])
+    table = option_table(text)
+    names = set(re.findall(r"--[a-z][a-z-]*", text.split("\n\n")[0])) - {"--help"}
+    assert set(re.findall(r"^\| `(--[a-z-]+)`", table, re.M)) == names
+    assert table in section("Every option")
+
+
+def test_every_option_in_readme_is_an_option():
+    text = re.sub(r"^```python\n.*?^```", "", README, flags=re.M | re.S)  # its own examples
+    text = text.replace("tensorboard --logdir", "").replace("--grey", "")
+    known = set(re.findall(r"--[a-z][a-z-]*", " ".join(map(help_of, SCRIPTS.values()))))
+    known |= set(re.findall(r"--[a-z][a-z-]*", (ROOT / "tests/ablation.py").read_text()))
+    known |= {text for action in get_args_parser()._actions for text in action.option_strings}
+    assert set(re.findall(r"--[a-z][a-z-]+", text)) - known == set()
+
+
+# ------------------------------------------------------------------ additions
+
+ADDITIONS = code(section("Change it"), "python")
+ONE_EPOCH = shlex.split("--dataset digits --epochs 1 --precision float32")
+TABLES = ("METRICS", "FIGURES", "MODELS", "OPTIMIZERS", "SCHEDULES")
+
+
+@pytest.mark.parametrize("addition", [text for text in ADDITIONS if ".main(" in text])
+def test_an_addition_is_a_function_and_an_entry(addition, quick, tmp_path, monkeypatch):
+    """Run as it stands, on a few digits; what it adds shows in the files."""
+    runs = {part1: ["--n-samples", "1000"], part2: ONE_EPOCH}
+    monkeypatch.setattr(part1, "FIGURES", {})
+    before = {}
+    for script, short in runs.items():
+        for table in TABLES:
+            if entries := getattr(script, table, None):
+                before[script, table] = dict(entries)
+
+        def main(argv, run=script.main, short=short):
+            assert run([*argv, *short, "--output-dir", str(tmp_path)]) == 0
+
+        monkeypatch.setattr(script, "main", main)
+    try:
+        exec(addition, {})
+        added = [
+            name
+            for (script, table), entries in before.items()
+            for name in getattr(script, table).keys() - entries.keys()
+        ]
+        added += [*part1.FIGURES, *part2.FIGURES]
+        texts = [path.read_text() for path in tmp_path.glob("*.json")]
+        texts += [path.name for path in tmp_path.iterdir()]
+        assert added and all(any(name in text for text in texts) for name in added)
+    finally:
+        for (script, table), entries in before.items():
+            for name in getattr(script, table).keys() - entries.keys():
+                del getattr(script, table)[name]
+
+
+def test_an_augmentation_is_a_function_and_an_option(few_digits, tmp_path, monkeypatch):
+    """In a copy of the script, put where README says."""
+    function, field = (text for text in ADDITIONS if ".main(" not in text and "grey" in text)
+    text = Path(part2.__file__).read_text(encoding="utf-8")
+    for place, addition in ("# %% More networks\n", function), ("    # optimization\n", field):
+        assert text.count(place) == 1
+        text = text.replace(place, f"{addition}\n{place}")
+    (tmp_path / "greyer.py").write_text(text)
+    spec = importlib.util.spec_from_file_location("greyer", tmp_path / "greyer.py")
+    greyer = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "greyer", greyer)
+    spec.loader.exec_module(greyer)
+    monkeypatch.setattr(greyer, "load_digits", lambda: few_digits)
+    monkeypatch.setattr(greyer, "FIGURES", {})
+    options = [
+        "--dataset",
+        "digits",
+        "--epochs",
+        "1",
+        "--precision",
+        "float32",
+        "--grey",
+        "1",
+        "--output-dir",
+    ]
+    assert greyer.main([*options, str(tmp_path)]) == 0
+    assert json.loads((tmp_path / "config.json").read_text())["grey"] == 1
+    settings = greyer.Settings(dataset="digits", device="cpu", precision="float32", grey=1.0)
+    red = np.zeros((50, 32, 32, 3), np.uint8)
+    red[..., 0] = 200
+    split = greyer.Split(greyer.torch.tensor(red), few_digits.train.labels[:50])
+    data = greyer.set_aside(replace(few_digits, train=split), "last")
+    images, _ = next(greyer.batches(data, settings, 1))
+    assert images.std(1).max() < 1e-6
+
+
+# --------------------------------------------------------------------- numbers
+
+
+def test_what_part_1_prints_is_what_readme_shows(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(part1, "FIGURES", {})
+    assert part1.main(["--output-dir", str(tmp_path)]) == 0
+    (block,) = [text for text in code(README, "text") if text.startswith("1. The scores")]
+    assert block in capsys.readouterr().out
+
+
+def test_what_readme_shows_of_part_2_is_the_committed_run(capsys):
+    folder = ROOT / "outputs/part2"
+    network, metrics = (
+        part2.load_network(folder),
+        json.loads((folder / "metrics.json").read_text()),
+    )
+    rows = read_table(folder / "test_scores.csv")
+    probs = np.array([[float(row[name]) for name in network.classes] for row in rows])
+    result = SimpleNamespace(
+        metrics=metrics | {"suggestions": part2.suggestions([network])},
+        networks=[network],
+        split="test",
+        name="test images",
+        data=SimpleNamespace(name="CIFAR-10"),
+        labels=np.array([network.classes.index(row["label"]) for row in rows]),
+        preds=probs.argmax(1),
+        sure=probs.max(1),
+        firing={
+            layer: [0] * silent + [1] * (units - silent)
+            for layer, (silent, units) in metrics["silent_units"].items()
+        },
+    )
+    part2.report(result)
+    told = capsys.readouterr().out
+    shown = code(section("What you will see") + section("The ladder of presets"), "text")
+    training, next_steps = shown[1].split("4. Result"), shown[2]
+    for row in network.history:
+        assert part2.row_text(row) in training[0]
+    assert f"4. Result{training[1]}".rstrip() in told and next_steps.rstrip() in told
+
+
+def cells_of(row):
+    """The cells of a row of a Markdown table."""
+    return [cell.strip(" `") for cell in row.strip("|").split("|")]
+
+
+def test_the_ladder_shows_the_committed_runs():
+    """All but transfer, whose run starts from weights that are not here, are in the table."""
+    rows = ablation.read_table(ablation.TABLE)
+    gains = ablation.as_they_are(ablation.measured_gains(rows))
+    ladder = re.findall(r"^\| `--preset .*$", section("The ladder of presets"), re.M)
+    ladder = {cells[0].split()[1]: cells for cells in map(cells_of, ladder)}
+    assert ladder.keys() == part2.PRESETS.keys()
+    for name, gain in gains.items():
+        same = {"preset": name, "change": "none"}.items()
+        (parameters,) = {row["parameters"] for row in rows if same <= row.items()}
+        accuracy = f"{gain['accuracy']:.2f}{ablation.spread_text(gain['accuracy_std'], 2)}%"
+        expected = [f"{int(parameters):,}", str(gain["runs"]), accuracy]
+        expected += [f"{gain['seconds']:,.0f} s", f"{gain['pflop']:.3f}"]
+        assert ladder[name][1:6] == expected
+    run = json.loads((ROOT / "outputs/part2-transfer/metrics.json").read_text())
+    expected = [f"{run['parameters']:,}", "1", f"{100 * run['accuracy']:.2f}%"]
+    expected += [f"{run['train_seconds']:,.0f} s", f"{run['train_pflop']:.3f}"]
+    assert ladder["transfer"][1:6] == expected
+
+
+# -------------------------------------------------------------------- the talk
+
+
+def test_the_talk_shows_code_and_figures_that_are_there():
+    """Of the code at most 250 lines, each a whole function or class."""
+    talk, lines = section("The talk"), 0
+    for figure in re.findall(r"`(\d\d_\w+)`", talk):
+        assert list((ROOT / "outputs").glob(f"part?/{figure}.png")), figure
+    for part, names in re.findall(r"part (\d): ((?:`\w+`(?:, | and )?)+)", talk):
+        text = Path(SCRIPTS[int(part)].__file__).read_text(encoding="utf-8")
+        for name in re.findall(r"`(\w+)`", names):
+            (found,) = re.findall(rf"^((?:def|class) {name}\b.*?)(?=^\S|\Z)", text, re.M | re.S)
+            lines += len(found.rstrip().splitlines())
+    assert 100 < lines <= 250
+
+
+if __name__ == "__main__":  # the tables of options, as README has them
+    for part, script in SCRIPTS.items():
+        print(f"\nPart {part}:\n\n{option_table(help_of(script))}")
