@@ -251,6 +251,11 @@ class Counts:
     tnr = property(lambda self: self.tn / self.neg)
 
     @property
+    def area(self):
+        """The area under the ROC curve, from 0 to 1."""
+        return abs((np.diff(self.fpr) * (self.tpr[1:] + self.tpr[:-1]) / 2).sum())
+
+    @property
     def half(self):
         """The index of 0.5, None where it is no threshold or the scores are no probabilities."""
         found = np.flatnonzero(self.threshold == 0.5)
@@ -490,7 +495,7 @@ def describe_cases(every, cases, objective):
         "n_positive": every.pos,
         "groups": None if cases.groups is None else int(cases.groups.max()) + 1,
         "probabilities": every.probabilities,
-        "roc_auc": abs(np.trapezoid(recall, every.fpr)),
+        "roc_auc": every.area,
         # Of separable scores the sum can exceed 1 by a rounding error.
         "average_precision": min(-np.diff(recall) @ precision[:-1], 1.0),
         "ranking": ranking,
@@ -506,7 +511,7 @@ def judge_ranking(every, groups=None):
     ties = -np.diff(every.tp + every.fp)
     variance = (n + 1 - (ties**3 - ties).sum() / (n * (n - 1))) / (12 * pairs)
     variance *= 1 if groups is None else n / (groups.max() + 1)
-    above = abs(np.trapezoid(every.tpr, every.fpr)) - 0.5
+    above = every.area - 0.5
     if abs(above) <= 1.96 * np.sqrt(max(variance, 0)):
         return "unclear"
     return "right" if above > 0 else "reversed"

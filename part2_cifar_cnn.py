@@ -1085,7 +1085,7 @@ def choose_precision(name, device):
     if device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        able = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+        able = utils.processor() if device.type == "cpu" else {}
         native = any(able.get(key) for key in ("avx512_bf16", "amx_bf16", "sve_bf16"))
     return "bfloat16" if native else "float32"
 
@@ -1519,6 +1519,11 @@ def introduce(training):
     }
     if others:
         tell(f"Besides: {flags_text(others)}.")
+    parts = [learning(settings, epoch + 1) for epoch in range(settings.epochs)]
+    later = [(2, "the upper half of the rest"), (3, "everything")]
+    if parts[0] < parts[-1]:
+        later = [f"{what} from epoch {parts.index(n) + 1} on" for n, what in later if n in parts]
+        tell(f"First the head learns, {', '.join(later)}.")
     say("", f"3. Training ({training.steps} steps an epoch)")
     if done := len(training.history):
         finished = "This run is finished: nothing is left to train, so it is judged again."

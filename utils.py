@@ -1208,17 +1208,25 @@ def usable_threads():
     return cores
 
 
+def processor():
+    """What torch knows of this processor, by name; nothing in releases that do not ask."""
+    import torch
+
+    return getattr(torch.cpu, "get_capabilities", dict)()
+
+
 def describe_machine(device):
     """What the last bits of a result depend on, beside seed and settings."""
     import torch
     import torchvision
 
-    name = torch.cpu.get_capabilities().get("cpu_name") or platform.processor()
+    name = processor().get("cpu_name") or platform.processor()
     if torch.device(device).type == "cuda":
         name = torch.cuda.get_device_name(device)
     versions = {"python": platform.python_version(), "numpy": np.__version__}
     versions |= {"torch": str(torch.__version__), "torchvision": torchvision.__version__}
-    return {"processor": name, "threads": torch.get_num_threads()} | versions
+    how = {"processor": name, "threads": torch.get_num_threads(), "processes": processes()}
+    return how | versions
 
 
 # %% Several processes, as torchrun starts them
@@ -1384,7 +1392,8 @@ def _load(path):
         whole = io.BytesIO(data)  # of old files, which are no zip, it can tell nothing
         if zipfile.is_zipfile(whole) and (bad := zipfile.ZipFile(whole).testzip()):
             raise ValueError(f"its part {bad} does not match its checksum")
-        stored = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # of old files: the error says enough
+            stored = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
         ours = isinstance(stored, dict) and "digest" in stored
         return stored, digest_of(stored | {"digest": None} if ours else stored)
     except OSError as error:

@@ -19,6 +19,7 @@ import argparse
 import math
 import sys
 from dataclasses import asdict, replace
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +40,7 @@ from utils import (  # noqa: E402
     draw_figures,
     integer,
     output_folder,
+    processor,
     read_csv,
     say,
     write_csv,
@@ -66,6 +68,7 @@ CHANGES = {
     ],
     "resnet18": [{}],
     "long": [{}],
+    "transfer": [{}, {"unfreeze": "none"}],
 }  # fmt: skip
 
 # The strategies of the table, and the settings that belong to each; the first that fits counts.
@@ -158,10 +161,9 @@ def measure(a):
     if not runs + averages:
         raise UserError("no run has these presets, changes and seeds")
     output_folder(a.table.parent)
-    here = part2.prepare_machine(part2.Settings(dataset=a.dataset, select_on="last"))
-    data = part2.load_data(here, a.data_dir)
-    peak = round(matmul_peak(getattr(part2.torch, here.precision)))
     for preset, change, seed in runs + averages:
+        precision = part2.PRESETS[preset].get("precision", "auto")
+        here, data, peak = prepare(a.dataset, precision, a.data_dir)
         name = name_of(preset, change, seed) | {"dataset": a.dataset, "machine": machine(here)}
         if has_row(read_table(a.table), name):
             continue
@@ -181,6 +183,15 @@ def measure(a):
             write_csv(a.table, {key: [row[key] for row in rows] for key in COLUMNS})
         seconds = metrics["train_seconds"]
         say(f"  test accuracy {metrics['accuracy']:.2%} after {seconds:.0f} s")
+
+
+@lru_cache
+def prepare(dataset, precision, data_dir):
+    """Settings of this machine, the data, and the peak of a matrix product in GFLOP/s."""
+    settings = part2.Settings(dataset=dataset, precision=precision, select_on="last")
+    here = part2.prepare_machine(settings)
+    peak = round(matmul_peak(getattr(part2.torch, here.precision)))
+    return here, part2.load_data(here, data_dir), peak
 
 
 def judge(preset, change, seed, here, data, runs):
@@ -220,6 +231,8 @@ def trained(preset, change, seed, here, data, runs):
         if (folder / "last.pt").exists():
             _, state = part2.settings_to_resume(folder, asdict(settings))
             part2.restore(training, state, folder)
+        elif settings.weights != "none":
+            part2.load_weights(training.model, settings)
         part2.train(training, folder)
     except UserError as error:
         raise UserError(f"delete {folder} to make this run again: {error}") from error
@@ -231,9 +244,8 @@ def trained(preset, change, seed, here, data, runs):
 
 def machine(here):
     """What the seconds and the last digits of a run depend on."""
-    torch = part2.torch
-    cpu = torch.cpu.get_capabilities().get("cpu_name", "CPU") if here.device == "cpu" else "GPU"
-    return f"{cpu}, {torch.get_num_threads()} threads, {here.precision}"
+    name = processor().get("cpu_name", "CPU") if here.device == "cpu" else "GPU"
+    return f"{name}, {part2.torch.get_num_threads()} threads, {here.precision}"
 
 
 # ------------------------------------------------------------------------ table

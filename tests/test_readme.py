@@ -24,6 +24,7 @@ import utils
 
 ROOT = Path(part2.__file__).resolve().parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+SUMMARY = (ROOT / "SUMMARY.md").read_text(encoding="utf-8")
 SCRIPTS = {1: part1, 2: part2}
 
 
@@ -261,44 +262,55 @@ def test_what_readme_shows_of_part_2_is_the_committed_run(capsys):
     assert f"4. Result{training[1]}".rstrip() in told and next_steps.rstrip() in told
 
 
-def cells_of(row):
-    """The cells of a row of a Markdown table."""
-    return [cell.strip(" `") for cell in row.strip("|").split("|")]
+def runs_in(text):
+    """Rows of a Markdown table of presets, by name: the cells behind the name."""
+    rows = re.findall(r"^\| `--preset (\w+)`.*?\|(.*)\|$", text, re.M)
+    return {name: [cell.strip() for cell in cells.split("|")] for name, cells in rows}
+
+
+def committed_runs():
+    """Of each preset parameters, PFLOP, seconds, number of seeds and accuracy, as text."""
+    rows = ablation.read_table(ablation.TABLE)
+    for name in {row["preset"] for row in rows}:
+        gains = ablation.as_they_are(ablation.measured_gains(rows, name))
+        same = {"preset": name, "change": "none"}.items()
+        (parameters,) = {row["parameters"] for row in rows if same <= row.items()}
+        gain = gains[name]
+        accuracy = f"{gain['accuracy']:.2f}{ablation.spread_text(gain['accuracy_std'], 2)}%"
+        seconds, pflop = f"{gain['seconds']:,.0f} s", f"{gain['pflop']:.3f}"
+        yield name, [f"{int(parameters):,}", pflop, seconds, str(gain["runs"]), accuracy]
 
 
 def test_the_ladder_shows_the_committed_runs():
-    """All but transfer, whose run starts from weights that are not here, are in the table."""
-    rows = ablation.read_table(ablation.TABLE)
-    gains = ablation.as_they_are(ablation.measured_gains(rows))
-    ladder = re.findall(r"^\| `--preset .*$", section("The ladder of presets"), re.M)
-    ladder = {cells[0].split()[1]: cells for cells in map(cells_of, ladder)}
+    ladder, summary = runs_in(section("The ladder of presets")), runs_in(SUMMARY)
     assert ladder.keys() == part2.PRESETS.keys()
-    for name, gain in gains.items():
-        same = {"preset": name, "change": "none"}.items()
-        (parameters,) = {row["parameters"] for row in rows if same <= row.items()}
-        accuracy = f"{gain['accuracy']:.2f}{ablation.spread_text(gain['accuracy_std'], 2)}%"
-        expected = [f"{int(parameters):,}", str(gain["runs"]), accuracy]
-        expected += [f"{gain['seconds']:,.0f} s", f"{gain['pflop']:.3f}"]
-        assert ladder[name][1:6] == expected
-    run = json.loads((ROOT / "outputs/part2-transfer/metrics.json").read_text())
-    expected = [f"{run['parameters']:,}", "1", f"{100 * run['accuracy']:.2f}%"]
-    expected += [f"{run['train_seconds']:,.0f} s", f"{run['train_pflop']:.3f}"]
-    assert ladder["transfer"][1:6] == expected
+    for name, cells in committed_runs():
+        assert ladder[name][:5] == summary[name][:5] == cells
+
+
+def test_summary_says_what_the_default_run_reached():
+    metrics = json.loads((ROOT / "outputs/part2/metrics.json").read_text())
+    low, high = metrics["accuracy_interval"]
+    interval = f"(95% interval {100 * low:.2f} to {100 * high:.2f}%)"
+    text = " ".join(SUMMARY.split())
+    assert f"has {metrics['accuracy']:.2%} {interval}" in text
+    assert len(SUMMARY.splitlines()) <= 200
 
 
 # -------------------------------------------------------------------- the talk
 
 
 def test_the_talk_shows_code_and_figures_that_are_there():
-    """Of the code at most 250 lines, each a whole function or class."""
+    """Of the code at most 250 lines, whole functions below the heading that is named."""
     talk, lines = section("The talk"), 0
     for figure in re.findall(r"`(\d\d_\w+)`", talk):
         assert list((ROOT / "outputs").glob(f"part?/{figure}.png")), figure
-    for part, names in re.findall(r"part (\d): ((?:`\w+`(?:, | and )?)+)", talk):
+    for part, heading, names in re.findall(r"part (\d), ([\w ]+): ((?:`\w+`(?: and )?)+)", talk):
         text = Path(SCRIPTS[int(part)].__file__).read_text(encoding="utf-8")
         for name in re.findall(r"`(\w+)`", names):
-            (found,) = re.findall(rf"^((?:def|class) {name}\b.*?)(?=^\S|\Z)", text, re.M | re.S)
-            lines += len(found.rstrip().splitlines())
+            before, after = text.split(f"\ndef {name}(")
+            assert heading in re.findall(r"^# %% (.*)", before, re.M)[-1]
+            lines += 1 + len(re.split(r"^\S", after, flags=re.M)[0].rstrip().splitlines())
     assert 100 < lines <= 250
 
 

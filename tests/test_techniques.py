@@ -836,10 +836,13 @@ def grads_of(training):
     return changed, frozen
 
 
-def test_layers_learn_from_the_head_down(data):
+def test_layers_learn_from_the_head_down(data, capsys):
     settings = {"model": TINY, "unfreeze": "gradual", "optimizer": "adamw", "epochs": 10}
     few = replace(data, train=data.train[:40], valid=data.train[:0])
     training = training_with(few, **settings, batch_size=20)
+    part2.introduce(training)
+    told = "upper half of the rest from epoch 2 on, everything from epoch 4 on."
+    assert told in " ".join(capsys.readouterr().out.split())
     assert [group["lr"] for group in training.optimizer.param_groups] == pytest.approx(
         [0.001, 0.001 / 3, 0.001 / 9]
     )
