@@ -33,7 +33,7 @@ import signal
 import sys
 import textwrap
 import time
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import lru_cache
 from importlib.util import find_spec
@@ -1092,8 +1092,9 @@ def choose_precision(name, device):
 
 def autocast(settings):
     """Compute what gains from it in bfloat16, if the settings say so, and the rest in float32."""
-    half = settings.precision == "bfloat16"
-    return torch.autocast(torch.device(settings.device).type, dtype=torch.bfloat16, enabled=half)
+    if settings.precision == "float32":
+        return nullcontext()
+    return torch.autocast(torch.device(settings.device).type, dtype=torch.bfloat16)
 
 
 class Muon(torch.optim.AdamW):
