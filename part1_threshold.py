@@ -180,7 +180,7 @@ def simulate_scores(n, positive_rate, scenario, seed):
         )
     rng = np.random.default_rng(utils.derive_seed(seed, 0))
     labels = rng.permutation(np.arange(n) < n_positive)
-    if scenario == "balanced":  # 0.5 happens to be best
+    if scenario == "balanced":  # the best threshold happens to be near 0.5
         return labels, np.where(labels, rng.beta(6, 3, n), rng.beta(3, 8, n))
     if scenario == "calibrated":  # the true probability of a case, given its evidence
         evidence = rng.normal(np.where(labels, 1.3, -1.3))
@@ -781,9 +781,11 @@ def tell_choice(result):
         yield "Net benefit compares models, not thresholds: each weighs the errors differently."
     yield result.fill(
         "At {best[threshold]}: hits {tp}, false alarms {fp}, misses {fn}, correct rejections "
-        "{tn}. At any threshold: ROC AUC {roc_auc:.4f}, average precision "
-        "{average_precision:.4f}.",
+        "{tn}.",
         **result.shown(summary["best"]),
+    )
+    yield result.fill(
+        "At any threshold: ROC AUC {roc_auc:.4f}, average precision {average_precision:.4f}."
     )
     inside = 0.1 <= summary["best"]["threshold"] <= 0.9 or not summary["probabilities"]
     if not (inside or result.choice.fixed or result.objective.confidence):

@@ -2474,7 +2474,7 @@ class Settings:
     dataset: str = flag(
         "auto",
         utils.name_or_path(DATASETS, "folder"),
-        "auto: CIFAR-10, or the digits if it cannot be had; or a folder with train/CLASS/*",
+        "cifar10; digits; auto, the former or else the latter; or a folder with train/CLASS/*",
     )
     select_on: str = flag(
         "val", CHOSEN, "what chooses the epoch: validation or test images, or none"
