@@ -1520,11 +1520,11 @@ def introduce(training):
     }
     if others:
         tell(f"Besides: {flags_text(others)}.")
-    parts = [learning(settings, epoch + 1) for epoch in range(settings.epochs)]
-    later = [(2, "the upper half of the rest"), (3, "everything")]
-    if parts[0] < parts[-1]:
-        later = [f"{what} from epoch {parts.index(n) + 1} on" for n, what in later if n in parts]
-        tell(f"First the head learns, {', '.join(later)}.")
+    if settings.unfreeze != "all":
+        parts = [learning(settings, epoch + 1) for epoch in range(settings.epochs)]
+        what = [(2, "the upper half of the rest"), (3, "everything")]
+        later = [f", {who} from epoch {parts.index(n) + 1} on" for n, who in what if n in parts]
+        tell(f"{'First' if later else 'Only'} the head learns{''.join(later)}.")
     say("", f"3. Training ({training.steps} steps an epoch)")
     if done := len(training.history):
         finished = "This run is finished: nothing is left to train, so it is judged again."

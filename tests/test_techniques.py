@@ -860,9 +860,11 @@ def test_layers_learn_from_the_head_down(data, capsys):
     assert keys[0] == keys[3]
 
 
-def test_a_frozen_backbone_stays_as_it_is(data):
+def test_a_frozen_backbone_stays_as_it_is(data, capsys):
     few = replace(data, train=data.train[:40], valid=data.train[:0])
     training = training_with(few, model=TINY, unfreeze="none", epochs=2, batch_size=20)
+    part2.introduce(training)
+    assert "Only the head learns." in capsys.readouterr().out
     assert [grads_of(training) for _ in range(2)] == [({"classifier"}, set(range(13)))] * 2
 
 
