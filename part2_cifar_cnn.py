@@ -1503,21 +1503,9 @@ def introduce(training):
         f"{settings.optimizer}, learning rate {settings.lr:g}, schedule {settings.schedule}, "
         f"batches of {settings.batch_size}, epochs: {settings.epochs}, seed {settings.seed}."
     )
-    usual = asdict(Settings())
-    told = {
-        "preset",
-        "dataset",
-        "model",
-        "optimizer",
-        "lr",
-        "schedule",
-        "batch_size",
-        "epochs",
-        "seed",
-    }
-    others = {
-        k: v for k, v in asdict(settings).items() if v != usual[k] and k not in MACHINE | told
-    }
+    usual, told = asdict(Settings()), MACHINE | {"preset", "dataset", "model", "epochs", "seed"}
+    told |= {"optimizer", "lr", "schedule", "batch_size"}
+    others = {k: v for k, v in asdict(settings).items() if v != usual[k] and k not in told}
     if others:
         tell(f"Besides: {flags_text(others)}.")
     if settings.unfreeze != "all":

@@ -1,6 +1,6 @@
 """Measure what each flag of part 2 buys: one row of a table for each run.
 
-    python tests/ablation.py --data-dir data                          every run, half a day
+    python tests/ablation.py --data-dir data                          every run, most of a day
     python tests/ablation.py --data-dir data --presets strong --changes none --seeds 0
     python tests/ablation.py --report                                 tables and plot only
 
@@ -118,7 +118,7 @@ def main(argv=None):
 def parse_arguments(argv):
     """Read the command line."""
     parser = Parser(
-        description="Make the runs that the table lacks: all of them take half a day.",
+        description="Make the runs that the table lacks: all of them take most of a day.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
@@ -226,13 +226,13 @@ def trained(preset, change, seed, here, data, runs):
         if value != getattr(plain, key) or key in ("preset", "seed")
     ]
     folder = output_folder(runs / "_".join(names))
-    training = part2.Training(settings, data)
+    training, begun = part2.Training(settings, data), (folder / "last.pt").exists()
+    if settings.weights != "none" and not begun:
+        part2.load_weights(training.model, settings)
     try:
-        if (folder / "last.pt").exists():
+        if begun:
             _, state = part2.settings_to_resume(folder, asdict(settings))
             part2.restore(training, state, folder)
-        elif settings.weights != "none":
-            part2.load_weights(training.model, settings)
         part2.train(training, folder)
     except UserError as error:
         raise UserError(f"delete {folder} to make this run again: {error}") from error
