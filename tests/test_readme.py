@@ -5,17 +5,19 @@ import json
 import re
 import shlex
 import sys
-from contextlib import redirect_stdout, suppress
+from contextlib import ExitStack, redirect_stdout, suppress
 from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import ablation
 import numpy as np
 import pytest
 import torchvision
 from helpers import make_pictures, read_table
+from pytest import approx
 from torch.distributed.run import get_args_parser
 
 import part1_threshold as part1
@@ -109,8 +111,8 @@ def test_readme_commands_for_runs_that_are_there_work(quick, few_digits, tmp_pat
 
 def help_of(script):
     """What --help prints on a terminal where nothing has to be wrapped."""
-    with pytest.MonkeyPatch.context() as patch, redirect_stdout(StringIO()) as text:
-        patch.setenv("COLUMNS", "1000")
+    with pytest.MonkeyPatch.context() as wide, redirect_stdout(StringIO()) as text:
+        wide.setenv("COLUMNS", "1000")
         with suppress(SystemExit):
             script.main(["--help"])
     return text.getvalue()
@@ -150,40 +152,52 @@ def test_every_option_in_readme_is_an_option():
 
 ADDITIONS = code(section("Change it"), "python")
 ONE_EPOCH = shlex.split("--dataset digits --epochs 1 --precision float32")
-TABLES = ("METRICS", "FIGURES", "MODELS", "OPTIMIZERS", "SCHEDULES")
+EXTENDED = [part1.METRICS, part2.METRICS, part2.MODELS, part2.OPTIMIZERS, part2.SCHEDULES]
+SHOWS = {  # of what is added: whether the files of the run have it
+    "jaccard": lambda folder: stored(folder, "summary")["metric"] == "jaccard",
+    "07_scores": lambda folder: (folder / "07_scores.png").exists(),
+    "linear": lambda folder: stored(folder, "metrics")["parameters"] == 30_730,
+    "adagrad": lambda folder: stored(folder, "config")["optimizer"] == "adagrad",
+    "tenth": lambda folder: float(read_table(folder / "history.csv")[0]["lr"]) == approx(0.001),
+    "top_3": lambda folder: (
+        stored(folder, "metrics")["accuracy"] <= stored(folder, "metrics")["top_3"] <= 1
+    ),
+    "12_lr": lambda folder: (folder / "12_lr.png").exists(),
+}
+
+
+def stored(folder, name):
+    """What a JSON file of a run holds."""
+    return json.loads((folder / f"{name}.json").read_text())
 
 
 @pytest.mark.parametrize("addition", [text for text in ADDITIONS if ".main(" in text])
 def test_an_addition_is_a_function_and_an_entry(addition, quick, tmp_path, monkeypatch):
     """Run as it stands, on a few digits; what it adds shows in the files."""
-    runs = {part1: ["--n-samples", "1000"], part2: ONE_EPOCH}
     monkeypatch.setattr(part1, "FIGURES", {})
-    before = {}
-    for script, short in runs.items():
-        for table in TABLES:
-            if entries := getattr(script, table, None):
-                before[script, table] = dict(entries)
+    for script, short in (part1, ["--n-samples", "1000"]), (part2, ONE_EPOCH):
 
         def main(argv, run=script.main, short=short):
             return run([*argv, *short, "--output-dir", str(tmp_path)])
 
         monkeypatch.setattr(script, "main", main)
-    try:
+    tables = [*EXTENDED, part1.FIGURES, part2.FIGURES]
+    with ExitStack() as restored:
+        before = [restored.enter_context(patch.dict(table)).copy() for table in tables]
         with pytest.raises(SystemExit, match="^0$"):
             exec(addition, {})
-        added = [
-            name
-            for (script, table), entries in before.items()
-            for name in getattr(script, table).keys() - entries.keys()
-        ]
-        added += [*part1.FIGURES, *part2.FIGURES]
-        texts = [path.read_text() for path in tmp_path.glob("*.json")]
-        texts += [path.name for path in tmp_path.iterdir()]
-        assert added and all(any(name in text for text in texts) for name in added)
-    finally:
-        for (script, table), entries in before.items():
-            for name in getattr(script, table).keys() - entries.keys():
-                del getattr(script, table)[name]
+        added = [name for table, old in zip(tables, before) for name in table.keys() - old.keys()]
+    assert added and all(SHOWS[name](tmp_path) for name in added)
+
+
+def test_a_trained_network_is_used_as_readme_shows(digits, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    one, bare = (text for text in ADDITIONS if "outputs/part2" in text)
+    names = {"images": digits.test.images[:5]}
+    exec(one + bare, names)
+    assert names["probs"].shape == names["logits"].shape == (5, 10)
+    assert names["evidence"].shape == (5, 32, 32)
+    assert (names["logits"].argmax(1) == names["probs"].argmax(1)).float().mean() >= 0.8
 
 
 def test_an_augmentation_is_a_function_and_an_option(few_digits, tmp_path, monkeypatch):
@@ -200,19 +214,8 @@ def test_an_augmentation_is_a_function_and_an_option(few_digits, tmp_path, monke
     spec.loader.exec_module(greyer)
     monkeypatch.setattr(greyer, "load_digits", lambda: few_digits)
     monkeypatch.setattr(greyer, "FIGURES", {})
-    options = [
-        "--dataset",
-        "digits",
-        "--epochs",
-        "1",
-        "--precision",
-        "float32",
-        "--grey",
-        "1",
-        "--output-dir",
-    ]
-    assert greyer.main([*options, str(tmp_path)]) == 0
-    assert json.loads((tmp_path / "config.json").read_text())["grey"] == 1
+    assert greyer.main([*ONE_EPOCH, "--grey", "1", "--output-dir", str(tmp_path)]) == 0
+    assert stored(tmp_path, "config")["grey"] == 1
     settings = greyer.Settings(dataset="digits", device="cpu", precision="float32", grey=1.0)
     red = np.zeros((50, 32, 32, 3), np.uint8)
     red[..., 0] = 200
@@ -234,10 +237,7 @@ def test_what_part_1_prints_is_what_readme_shows(tmp_path, monkeypatch, capsys):
 
 def test_what_readme_shows_of_part_2_is_the_committed_run(capsys):
     folder = ROOT / "outputs/part2"
-    network, metrics = (
-        part2.load_network(folder),
-        json.loads((folder / "metrics.json").read_text()),
-    )
+    network, metrics = part2.load_network(folder), stored(folder, "metrics")
     rows = read_table(folder / "test_scores.csv")
     probs = np.array([[float(row[name]) for name in network.classes] for row in rows])
     result = SimpleNamespace(
@@ -290,7 +290,7 @@ def test_the_ladder_shows_the_committed_runs():
 
 
 def test_summary_says_what_the_default_run_reached():
-    metrics = json.loads((ROOT / "outputs/part2/metrics.json").read_text())
+    metrics = stored(ROOT / "outputs/part2", "metrics")
     low, high = metrics["accuracy_interval"]
     interval = f"(95% interval {100 * low:.2f} to {100 * high:.2f}%)"
     text = " ".join(SUMMARY.split())
@@ -303,7 +303,7 @@ def test_summary_says_what_the_default_run_reached():
 
 def test_the_talk_shows_code_and_figures_that_are_there():
     """Of the code at most 250 lines, whole functions below the heading that is named."""
-    talk, lines = section("The talk"), 0
+    talk, shown, lines = section("The talk"), 0, 0
     for figure in re.findall(r"`(\d\d_\w+)`", talk):
         assert list((ROOT / "outputs").glob(f"part?/{figure}.png")), figure
     for part, heading, names in re.findall(r"part (\d), ([\w ]+): ((?:`\w+`(?: and )?)+)", talk):
@@ -312,8 +312,8 @@ def test_the_talk_shows_code_and_figures_that_are_there():
             before, after = text.split(f"\ndef {name}(")
             assert heading in re.findall(r"^# %% (.*)", before, re.M)[-1]
             body = re.split(r"^\S", after.partition("\n")[2], flags=re.M)[0]
-            lines += 1 + len(body.rstrip().splitlines())
-    assert 100 < lines <= 250
+            shown, lines = shown + 1, lines + 1 + len(body.rstrip().splitlines())
+    assert shown == 6 and 100 < lines <= 250
 
 
 if __name__ == "__main__":  # the tables of options, as README has them

@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import shlex
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -883,18 +884,9 @@ def test_lite0_learns_from_weights_in_the_order_of_the_package(
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
     monkeypatch.setattr(part2, "MODELS", dict(part2.MODELS))
-    options = [
-        "--dataset",
-        "digits",
-        "--unfreeze",
-        "none",
-        "--image-size",
-        "64",
-        "--epochs",
-        "1",
-        "--device",
-        "cpu",
-    ]
+    options = shlex.split(
+        "--dataset digits --unfreeze none --image-size 64 --epochs 1 --device cpu"
+    )
     with quick_runs(few_digits):
         assert lite0.main([*options, "--output-dir", str(tmp_path / "run")]) == 0
         assert "294 of 296 tensors" in capsys.readouterr().out
