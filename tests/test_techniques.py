@@ -7,6 +7,7 @@ import shlex
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import ablation
 import bench_part2
 import lite0
 import matplotlib.pyplot as plt
@@ -882,17 +883,28 @@ def test_lite0_learns_from_weights_in_the_order_of_the_package(
     theirs = {f"other.{i}": value for i, value in enumerate(model.state_dict().values())}
     torch.save(theirs, folder / "models" / "weights.pth")
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
-    monkeypatch.setattr(part2, "MODELS", dict(part2.MODELS))
-    options = shlex.split(
-        "--dataset digits --unfreeze none --image-size 64 --epochs 1 --device cpu"
-    )
+    monkeypatch.chdir(tmp_path)
+    for names in (part2.MODELS, part2.PRESETS):
+        monkeypatch.setitem(names, "lite0", None)  # which is gone at the end
+    options = ["--preset", "lite0", "--output-dir", "run"]
+    more = "--dataset digits --unfreeze none --image-size 64 --epochs 1 --device cpu"
     with quick_runs(few_digits):
-        assert lite0.main([*options, "--output-dir", str(tmp_path / "run")]) == 0
+        assert lite0.main([*options, *shlex.split(more)]) == 0
         assert "294 of 296 tensors" in capsys.readouterr().out
-        assert lite0.main(["--resume", str(tmp_path / "run")]) == 0
+        lite0.WEIGHTS.unlink()
+        assert lite0.main(["--resume", "run"]) == 0  # it needs neither weights nor package
     state = part2.load_network(tmp_path / "run").model.state_dict()
     assert torch.equal(list(state.values())[0], list(theirs.values())[0])
     monkeypatch.setattr(lite0, "PACKAGE", "not_there")
     with pytest.raises(SystemExit, match="install not-there"):
         lite0.main(options)
+
+
+def test_lite0_is_a_preset_of_the_ablation(monkeypatch, capsys):
+    assert ablation.main(["--presets", "lite0"]) == 2
+    for names in (part2.MODELS, part2.PRESETS):
+        monkeypatch.setitem(names, "lite0", None)
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        lite0.main(["ablation", "--help"])
+    assert "lite0" in capsys.readouterr().out
