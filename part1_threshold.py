@@ -82,7 +82,10 @@ class Result:
     def fill(self, text, **more):
         """Put numbers of the summary, and ``more``, into a text: ``{best[value]:{form}}``."""
         metric, best = self.objective.metric, self.summary["best"]["value"]
-        form = "z.6g" if metric == "cost" else f"z.{decimals(best, 4)}f"
+        places = (
+            decimals(best, 4) if metric != "cost" else 3 - int(np.floor(np.log10(best or 0.1)))
+        )
+        form = f"z.{max(places, 0)}f"
         return text.format(name=METRICS[metric].name, form=form, **more, **self.summary)
 
     def shown(self, entry):
@@ -766,7 +769,8 @@ def tell_choice(result):
     """The headline, the choices of some metrics, and what the best one does."""
     summary, metric = result.summary, result.objective.metric
     yield headline(result)
-    yield "  best for           threshold       value  precision  recall  specificity"
+    first = "best within limits" if result.objective.limits else "best for"
+    yield f"  {first:<18} threshold       value  precision  recall  specificity"
     line = "  {:<18} {threshold:>9} {:>11} {precision:>10} {recall:>7} {specificity:>12}"
     metrics = dict.fromkeys([metric, "f1", "youden_j", "balanced_accuracy"])
     rows = [(METRICS[own].name, own, summary["by_metric"][own]) for own in metrics]
@@ -792,7 +796,8 @@ def tell_choice(result):
         text = "The best threshold lies outside 0.10 to 0.90, so scores of positives were added "
         yield text + "to the table."
     if summary["exact"]:
-        text = "Of all distinct scores {exact[threshold]} is best: {exact[value]:{form}}."
+        text = "Of all distinct scores, not only the table's, {exact[threshold]} is best: {name} "
+        text += "{exact[value]:{form}}."
         yield result.fill(text)
 
 
@@ -1071,12 +1076,19 @@ def suggest(table, chosen, objective):
     error = "false_alarms" if alarms > misses else "misses"
     name = {"false_alarms": "min_precision", "misses": "min_recall"}[error]
     limit = round((1 + measure(LIMITS[name], chosen, objective).item()) / 2, 2)
-    possible = shortfall(table, replace(objective, **{name: limit})).min() == 0
+    values = merits(table, replace(objective, **{name: limit}))
     found = {"option": option(name), "limit": limit}
-    new = possible and name not in objective.limits
+    best = middle_best(values)
+    found |= {
+        "threshold": objective.orient * table.threshold[best],
+        "value": objective.sign * values[best],
+    }
+    new = np.isfinite(values[best]) and name not in objective.limits
     return {"dominant_error": error, "suggestion": found if new else None}
 
 
+TRY = "try {suggestion[option]} {suggestion[limit]:g} ({name} {suggestion[value]:{form}}, at "
+TRY += "{suggestion[threshold]}); or "
 ERRORS = "{by_cost} (false alarms: {fp}, misses: {fn}): "
 ADVICE = {
     None: "The errors are in balance" + ERRORS + "only better scores remove both kinds.",
@@ -1093,7 +1105,7 @@ def tell_suggestions(result):
     if best["fp"] + best["fn"] == 0:
         yield "There are no errors at the chosen threshold among these cases."
         return
-    limit = "try {option} {limit:g}; or ".format(**limit) if limit else ""
+    limit = result.fill(TRY) if limit else ""
     by_cost = " by cost" * (result.objective.metric == "cost")
     text = ADVICE[result.summary["dominant_error"]]
     yield text.format(by_cost=by_cost, limit=limit, **result.shown(best))

@@ -454,7 +454,8 @@ def fit_temperature(logits, labels):
     """What to divide logits (n, classes) by, so that probabilities are as sure as they are right.
 
     It makes the loss on these images least (Guo et al. 2017). A label counts (n + 1) / (n + 2) and
-    all classes the rest (Platt 1999), so that it stays above 0 if all images are right.
+    all classes the rest (Platt 1999), so that it stays above 0 if all images are right. It is 1
+    unless they tell it from 1 (likelihood-ratio test, 95%): of a few images it would be chance.
     """
     rest = 1 / (len(labels) + 2)
     wanted = (1 - rest) * logits.gather(1, labels[:, None]).mean() + rest * logits.mean()
@@ -463,7 +464,8 @@ def fit_temperature(logits, labels):
         middle = math.sqrt(low * high)
         too_sure = ((logits / middle).softmax(1) * logits).sum(1).mean() > wanted
         low, high = (middle, high) if too_sure else (low, middle)
-    return middle
+    before, after = (F.cross_entropy(logits / t, labels, reduction="sum") for t in (1, middle))
+    return middle if 2 * (before - after) > 3.84 else 1.0
 
 
 def best_epoch(history):
@@ -665,7 +667,9 @@ def evaluate(networks, data, split="test"):
     metrics["as_trained"] = {k: METRICS[k](labels, raw, data.classes) for k in CONFIDENCE}
     found = average(networks, [probabilities(n, seen.images).cpu().numpy() for n in networks])
     metrics["train_accuracy"] = accuracy(seen.labels.cpu().numpy(), found, data.classes)
-    metrics["verdict"] = verdict(metrics["train_accuracy"], metrics["accuracy"])
+    metrics["verdict"] = verdict(
+        metrics["train_accuracy"], metrics["accuracy"], *metrics["accuracy_interval"]
+    )
     fires = firing(networks[0], seen.images) if len(networks) == 1 else {}
     metrics["silent_units"] = {name: [s.count(0), len(s)] for name, s in fires.items()}
     if len(each) > 1:
@@ -1376,6 +1380,7 @@ METRICS = {  # functions of labels (n,), probs (n, classes) and the classes' nam
 CONFIDENCE = ("loss", "calibration")  # what a temperature changes
 SPLITS = {"test": "test", "val": "validation"}
 VERDICTS = {  # what the accuracy on training images and the gap to the test images say
+    "unclear": "These images are too few to say what it lacks.",
     "hardly learned": "It has hardly learned: try another --lr or more epochs.",
     "memorises": "It memorises: more regularisation or augmentation should help.",
     "balanced": "A moderate gap: capacity and regularisation are in balance.",
@@ -1389,9 +1394,16 @@ CHOSEN = {
 }
 
 
-def verdict(train, test):
-    """Name what the two accuracies say, a key of `VERDICTS`."""
-    met = train < 0.35, train - test > 0.1, train - test > 0.03, train > 0.95, True
+def verdict(train, test, low, high):
+    """Name what the accuracies, and the interval of the second, say: a key of `VERDICTS`."""
+    met = (
+        high - low > 0.1,
+        train < 0.35,
+        train - test > 0.1,
+        train - test > 0.03,
+        train > 0.95,
+        True,
+    )
     return list(VERDICTS)[met.index(True)]
 
 
@@ -1650,7 +1662,9 @@ def tell_confidence(result):
     low, high = metrics["calibration"]["ece_by_chance"]
     fitted = [n.temperature for n in result.networks if validation_accuracy(n) is not None]
     text = "No validation images are left to fit a temperature on: as trained, its confidence"
-    if fitted:
+    if {*fitted} == {1.0}:
+        text = "Validation images ask for no temperature: as trained, its confidence"
+    elif fitted:
         fitted = " and ".join(f"{each:.2f}" for each in fitted)
         text = (
             f"As trained, its confidence is off by {before['calibration']['ece']:.3f} on average, "
@@ -1669,7 +1683,7 @@ def tell_confidence(result):
 def tell_suggestions(rows):
     """Print what bought most for its time on CIFAR-10."""
     if not rows:
-        return tell("The table of gains, of single runs on CIFAR-10, has nothing for this one.")
+        return tell("The table of gains, of runs on CIFAR-10, has nothing for this one.")
     tell(
         "Points of test accuracy over the baseline on CIFAR-10 (+- standard deviation over the "
         "seeds) and seconds of training, most points for their time first; from "

@@ -99,6 +99,9 @@ def command(main):
 class Parser(argparse.ArgumentParser):
     """One that reports a wrong option as `command` does all errors: in one line."""
 
+    def __init__(self, **how):
+        super().__init__(usage="%(prog)s [OPTION ...]", **how)
+
     def error(self, message):
         """Raise what argparse would print below its whole usage."""
         raise UserError(f"{message} (--help lists the options)")
@@ -448,7 +451,6 @@ def download(urls, path, md5, stall_seconds=15):
             failures.append(f"{url}: {error or type(error).__name__}")
         finally:
             Path(name).unlink(missing_ok=True)
-        say(f"  failed: {failures[-1]}")
     raise UserError(f"no server delivered {path.name} ({'; '.join(failures)})")
 
 
@@ -560,7 +562,7 @@ def read_scores(path, label=None, score=None, positive=None, count=None, group=N
     """
     table = _read_table(path)
     names = [name for name in (count, group) if name]
-    label, score, remark = _find_columns(table, label, score, names)
+    label, score, remark = _find_columns(table, label, score, names, unit)
     shapes = {name: np.shape(table.columns[name]) for name in (label, score, *names)}
     if len({*shapes.values()}) > 1 or len(shapes[label]) != 1:
         shapes = " and ".join(f"{name} has shape {shape}" for name, shape in shapes.items())
@@ -676,7 +678,7 @@ def _as_text(array):
     return array
 
 
-def _find_columns(table, label, score, others):
+def _find_columns(table, label, score, others, unit):
     """Names of label and score, and what to say of a choice that nobody made."""
     columns, usual = table.columns, {"y_true", "y_score"}
     if not (label or score or usual <= {*columns}):
@@ -684,6 +686,9 @@ def _find_columns(table, label, score, others):
         labels = [name for name in kinds if kinds[name] in ("0 and 1", "two words")]
         labels = labels or [name for name in kinds if kinds[name] == "two numbers"]
         scores = [name for name in kinds if "numbers" in kinds[name] and name not in labels]
+        if unit and len(scores) > 1:  # the others may be numbers of cases, or ages
+            shares = [n for n in scores if np.all(abs(table.numbers(n) - 0.5) <= 0.5)]
+            scores = shares or scores
         if len(labels) == len(scores) == 1:
             _refuse_numbers(table.path, [*labels, *scores], any)
             remark = f"Labels are taken from {labels[0]}, scores from {scores[0]}."

@@ -167,6 +167,15 @@ def test_the_temperature_is_that_of_the_labels(true):
     assert losses[1] == min(losses)
 
 
+def test_a_temperature_that_chance_explains_is_one():
+    torch.manual_seed(0)
+    found = []
+    for n in [2, 6, 20, 50] * 100:
+        logits = 2 * torch.randn(n, 10)
+        found.append(part2.fit_temperature(logits, logits.softmax(1).multinomial(1)[:, 0]))
+    assert found.count(1.0) >= 0.93 * len(found)
+
+
 def test_the_temperature_stays_above_zero_where_all_images_are_right():
     labels = torch.arange(100) % 10
     logits = F.one_hot(labels, 10).float()

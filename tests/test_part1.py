@@ -1134,7 +1134,9 @@ def test_a_suggested_limit_is_new_and_can_be_kept(tmp_path, capsys, options):
     if found := summary["suggestion"]:
         assert f"try {found['option']} {found['limit']:g}" in text
         assert found["option"] not in options
-        run(tmp_path, *options.split(), found["option"], found["limit"])
+        there, _ = run(tmp_path, *options.split(), found["option"], found["limit"])
+        assert there["best"]["threshold"] == found["threshold"]
+        assert there["best"]["value"] == pytest.approx(found["value"])
     else:
         assert "try --min" not in text
 
@@ -1454,8 +1456,7 @@ def test_a_rule_that_needs_no_score_and_is_as_good_is_named(tmp_path, capsys, op
     labels, scores = np.arange(800) % 10 == 0, np.linspace(0, 1, 800)
     path = write_npz(tmp_path / "a.npz", labels, scores)
     summary, _ = run(tmp_path / "out", "--scores", path, *options.split())
-    form = ".6g" if "cost" in options else ".4f"
-    assert f"But calling {rule} reaches {summary[rule]['value']:{form}}." in printed(capsys)
+    assert f"But calling {rule} reaches {summary[rule]['value']:.4f}." in printed(capsys)
 
 
 def test_a_cost_stands_beside_that_of_the_cheaper_rule(tmp_path, capsys):

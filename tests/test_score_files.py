@@ -131,8 +131,13 @@ BAD = {  # case: content of a CSV or NPZ file, further arguments, what the error
     "an image": ("csv", b"\x89PNG\r\n\x1a\n\x00\x00\xff\xfe", [], ["CSV"]),
     "open quote": ("csv", HEAD + b'1,"0.3\n0,0.4\n', [], ["CSV"]),
     "text as NPZ": ("npz", b"no archive", [], ["NPZ"]),
-    "no column": ("csv", b"label,y_score,z\n1,0.3,3\n0,.2,4\n", [], ["y_true", "label"]),
-    "no array": ("npz", {"a": [0, 1], "b": [0.1, 0.2], "c": [5, 6]}, [], ["y_true", "a, b, c"]),
+    "no column": ("csv", b"label,y_score,z\n1,0.3,.3\n0,.2,.4\n", [], ["y_true", "label"]),
+    "no array": (
+        "npz",
+        {"a": [0, 1], "b": [0.1, 0.2], "c": [0.5, 0.6]},
+        [],
+        ["y_true", "a, b, c"],
+    ),
     "too many cases": (
         "csv",
         COUNTED + b"1,.9,5e15\n0,.1,5e15\n",
@@ -267,6 +272,11 @@ def test_columns_that_nobody_named_are_named(tmp_path, capsys):
     path.write_bytes(b"outcome,risk,name\n1,.9,a\n0,.1,b\n0,.5,c\n")
     assert part1.main(["--scores", str(path), "--output-dir", str(tmp_path / "out")]) == 0
     assert "Labels are taken from outcome, scores from risk." in capsys.readouterr().out
+    path.write_bytes(b"case,outcome,risk,age\n1,1,.9,40\n2,0,.1,50\n3,0,.5,30\n")
+    options = ["--scores", str(path), "--output-dir", str(tmp_path / "out")]
+    assert part1.main(options) == 0  # the others lie outside [0, 1]
+    assert "Labels are taken from outcome, scores from risk." in capsys.readouterr().out
+    assert part1.main([*options, "--exact"]) == 2 and "age" in capsys.readouterr().err
     for words in b"outcome,risk\nbad,.9\ngood,.1\n", b"outcome,risk\n1,.9\n2,.1\n2,.5\n":
         path.write_bytes(words)
         assert part1.main(["--scores", str(path), "--output-dir", str(tmp_path / "out")]) == 2
