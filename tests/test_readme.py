@@ -314,6 +314,33 @@ def test_the_talk_shows_code_and_figures_that_are_there():
     assert shown == 6 and 100 < lines <= 250
 
 
+def is_shown(number, text):
+    """Whether a text has this number, to as many digits or to more."""
+    half = 0.5 * 10.0 ** -len(number.partition(".")[2]) + 1e-9
+    found = re.findall(r"[+-]?\d[\d,]*(?:\.\d+)?", text)
+    return any(
+        abs(float(n.replace(",", "")) - float(number.replace(",", ""))) <= half for n in found
+    )
+
+
+def test_the_talk_says_the_numbers_that_are_shown(tmp_path, monkeypatch, capsys):
+    """What the runs of its rows print; but for the guesses of figure 04, which need the images."""
+    monkeypatch.setattr(part1, "FIGURES", {})
+    part2_shows = section("What you will see").split("### Part 2")[1]
+    part2_shows += section("The ladder of presets")
+    rows = re.findall(r"^\| (\d+) \| (.*?) \| .*? \| (.*?) ?\|$", section("The talk"), re.M)
+    assert len(rows) > 20
+    for minute, what, numbers in rows:
+        shown = part2_shows if int(minute) >= 15 else SUMMARY
+        if int(minute) < 15 and "SUMMARY.md" not in numbers:
+            options = re.findall(r"the same with `(.*?)`", what)
+            options += ["--output-dir", str(tmp_path)]
+            assert part1.main(shlex.split(" ".join(options))) == 0
+            shown = capsys.readouterr().out
+        for number in re.findall(r"[+-]?\d[\d,]*(?:\.\d+)?", re.sub(r"\(.*?\)", "", numbers)):
+            assert is_shown(number, shown) or "04_" in what, (minute, number)
+
+
 if __name__ == "__main__":  # the tables of options, as README has them
     for part, script in SCRIPTS.items():
         print(f"\nPart {part}:\n\n{option_table(help_of(script))}")
