@@ -112,6 +112,7 @@ def prepare_machine(settings):
         tell("This device only emulates bfloat16: --precision float32 is faster.")
     torch.backends.cudnn.deterministic = True
     torch.backends.cudnn.allow_tf32 = False  # float32 has 23 bits, on a GPU too
+    np.finfo(np.float32), np.finfo(np.float64)  # numpy 1.26 looks for denormals, and warns later
     torch.set_flush_denormal(True)  # tiny numbers would be computed ten times slower
     if device.type == "cpu" and sys.platform == "linux":
         # glibc returns large tensors to the kernel, which clears their pages anew in each step.
