@@ -68,8 +68,8 @@ CHANGES = {
     ],
     "resnet18": [{}],
     "long": [{}],
-    "transfer": [{}, {"unfreeze": "none", "epochs": 2}],
-    "lite0": [{}, {"unfreeze": "none", "epochs": 2}],  # tests/lite0.py has it
+    "transfer": [{}, {"unfreeze": "none", "epochs": 2, "image_size": "96"}],
+    "lite0": [{}, {"unfreeze": "none", "epochs": 2, "image_size": "96"}],  # see tests/lite0.py
 }  # fmt: skip
 
 # The strategies of the table, and the settings that belong to each; the first that fits counts.
