@@ -287,6 +287,24 @@ def test_the_ladder_shows_the_committed_runs():
         assert ladder[name][:5] == summary[name][:5] == cells
 
 
+def test_summary_has_the_gains_of_the_tables():
+    tables = (ROOT / "outputs/ablation/tables.md").read_text(encoding="utf-8")
+    gains = re.findall(r"\+\d+\.\d", SUMMARY.split("### What buys accuracy")[1].split("###")[0])
+    assert len(gains) > 12 and {*gains} <= {*re.findall(r"\+\d+\.\d", tables)}
+
+
+def test_the_first_lines_have_the_numbers_of_the_committed_runs():
+    opening = re.sub(r"!\[.*?\)|`.*?`", "", README.split("## Run both")[0], flags=re.S)
+    shown = section("What you will see") + section("The ladder of presets")
+    numbers = re.findall(r"\d[\d,]*(?:\.\d+)?", opening)
+    assert len(numbers) == 9 and all(is_shown(number, shown) for number in numbers)
+
+
+def test_the_table_of_figures_names_each_in_its_order():
+    named = re.findall(r"^\| `(\d\d_\w+)` \|", section("What you will see"), re.M)
+    assert named == list(part2.FIGURES)
+
+
 def test_summary_says_what_the_default_run_reached():
     metrics = stored(ROOT / "outputs/part2", "metrics")
     low, high = metrics["accuracy_interval"]
