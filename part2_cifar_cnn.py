@@ -2642,7 +2642,7 @@ def choose_settings(a):
     if "momentum" in given and settings.optimizer in ("adam", "adamw"):
         raise UserError(f"--momentum is for sgd and muon; {settings.optimizer} has its own")
     if settings.weights == "default" and not settings.model.startswith(ELSEWHERE):
-        raise UserError(f"--weights default is for --model {ELSEWHERE}NAME: leave it out")
+        raise UserError(f"--weights default is for --model {ELSEWHERE}NAME: give --weights none")
     if settings.unfreeze != "all" and settings.optimizer == "muon":
         raise UserError("--unfreeze is not for muon, which has its own groups: try adamw")
     uneven = settings.epochs % settings.snapshots or settings.warmup_epochs
