@@ -506,7 +506,7 @@ def plot(plt, presets):
     best, gain = max(presets.items(), key=lambda item: item[1]["accuracy"])
     figure, panels = plt.subplots(1, 2, figsize=(14, 6.5))
     axes, other = panels
-    limits = {"seconds": ((0.3, 30_000), (66, 98.5)), "pflop": ((0.12, 9), (92.5, 96.8))}
+    limits = {"seconds": ((0.3, 60_000), (66, 98.5)), "pflop": ((0.12, 9), (92.5, 96.8))}
     ticks = {"seconds": (1, 10, 100, 1_000, 10_000), "pflop": (0.2, 0.5, 1, 2, 5)}
     for panel, key in zip(panels, limits):
         xlim, ylim = limits[key]
