@@ -2247,15 +2247,18 @@ def plot_activations(plt, result, columns=10):
     for side, name in stages.items():  # the last maps of each size, the strongest first
         order = maps[name].flatten(1).mean(1).argsort(descending=True)
         rows[f"{called(network, name)}\n{side}x{side}"] = maps[name][order]
-    figure, grid = plt.subplots(len(rows) + 1, columns, figsize=(12, 1.25 * len(rows) + 1.9))
+    bars = bool(result.firing)
+    height = 1.25 * len(rows) + (1.9 if bars else 0.5)
+    figure, grid = plt.subplots(len(rows) + bars, columns, figsize=(12, height))
     for line, (text, pictures) in zip(grid, rows.items()):
         for axes, picture in zip(line, pictures):
             axes.imshow(picture.numpy(), cmap="gray")
         for axes in line:
             axes.set_axis_off()
         line[0].text(-0.1, 0.5, text, ha="right", va="center", transform=line[0].transAxes)
-    axes, title = below(figure, grid), "without ReLU no unit is silent"
-    if result.firing:
+    title = "without ReLU no unit is silent"
+    if bars:
+        axes = below(figure, grid)
         layer, shares = max(result.firing.items(), key=lambda item: item[1].count(0))
         axes.bar(range(len(shares)), sorted(shares, reverse=True), color=utils.BLUE)
         axes.set(
@@ -2263,8 +2266,6 @@ def plot_activations(plt, result, columns=10):
             ylabel="fires for\nshare of images",
         )
         title = silent_text(layer, shares) if 0 in shares else "every unit fires"
-    else:
-        axes.set_axis_off()
     figure.suptitle(f"{result.data.name}: what the layers make of an image; {title}")
     return figure
 

@@ -287,6 +287,13 @@ def test_the_ladder_shows_the_committed_runs():
         assert ladder[name][:5] == summary[name][:5] == cells
 
 
+def test_the_committed_strong_run_is_one_of_the_preset():
+    config = stored(ROOT / "outputs/part2-strong", "config")
+    assert config.items() >= part2.PRESETS["strong"].items()
+    metrics = stored(ROOT / "outputs/part2-strong", "metrics")
+    assert metrics["preset"] == "strong" and f"{metrics['calibration']['ece']:.3f}" in SUMMARY
+
+
 def test_summary_has_the_gains_of_the_tables():
     tables = (ROOT / "outputs/ablation/tables.md").read_text(encoding="utf-8")
     gains = re.findall(r"\+\d+\.\d", SUMMARY.split("### What buys accuracy")[1].split("###")[0])
