@@ -86,7 +86,7 @@ class Result:
         if metric == "cost":
             scale = best or min(self.summary[rule]["value"] for rule in RULES) or 0.1
             places = 3 - int(np.floor(np.log10(scale)))
-        form = f"z,.{max(places, 0)}f" if abs(places) <= 12 else "z.4g"
+        form = f"z,.{max(places, 0)}f" if abs(places) <= 13 else "z.4g"
         return text.format(name=METRICS[metric].name, form=form, **more, **self.summary)
 
     def shown(self, entry):
