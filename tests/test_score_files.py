@@ -363,7 +363,7 @@ def random_csv(rng):
         return as_csv(rows), False
     if way == 5:  # a header or shape that does not fit
         rng.choice([
-            lambda: rows.pop(0), lambda: rows[0].__setitem__(1, "label"), lambda: row.pop(),
+            lambda: rows.pop(0), lambda: rows[0].__setitem__(1, "y_score"), lambda: row.pop(),
             lambda: rows[0].__setitem__(0, "y_true"), lambda: rows.__delitem__(slice(1, None)),
             rows.clear,
         ])()  # fmt: skip
