@@ -82,11 +82,11 @@ class Result:
     def fill(self, text, **more):
         """Put numbers of the summary, and ``more``, into a text: ``{best[value]:{form}}``."""
         metric, best = self.objective.metric, self.summary["best"]["value"]
-        places = decimals(best, 4)
-        if metric == "cost":
+        form = f"z.{decimals(best, 4)}f"
+        if metric == "cost":  # four digits of it, however large its unit is
             scale = best or min(self.summary[rule]["value"] for rule in RULES) or 0.1
             places = 3 - int(np.floor(np.log10(scale)))
-        form = f"z,.{max(places, 0)}f" if abs(places) <= 13 else "z.4g"
+            form = f"z,.{max(places, 0)}f" if abs(places) <= 13 else "z.4g"
         return text.format(name=METRICS[metric].name, form=form, **more, **self.summary)
 
     def shown(self, entry):

@@ -954,7 +954,8 @@ def test_the_committed_outputs_and_the_first_lines_are_those_of_the_default_run(
     committed, table = results(ROOT / "outputs/part1")
     summary, expected = results(default_run[0])
     chance, again = (each["calibration"].pop("ece_by_chance") for each in (committed, summary))
-    assert_allclose(chance, again, atol=1e-4)  # numpy 2.5 draws other numbers
+    others = np.lib.NumpyVersion(np.__version__) >= "2.5.0"  # which draws other numbers
+    assert_allclose(chance, again, rtol=0, atol=1e-4 if others else 1e-9)
     assert rounded(committed) == rounded(summary)
     assert_allclose(table.tolist(), expected.tolist(), rtol=1e-9)
     best, text = committed["best"], " ".join(part1.__doc__.split())
