@@ -2054,7 +2054,10 @@ def plot_monitor(plt, result):
             how = {"color": utils.OKABE_ITO.split()[i % 7], "marker": "osD^v<>"[i % 7]}
             if kind != "weight" and (len(layers) < 7 or i in (0, len(layers) - 1)):
                 how["label"] = called(network, key.partition("_")[2])
-            axes.plot(epochs, rows[key], "--" * (kind == "silent"), **how)
+            if kind == "silent":  # many of these lines lie on one another
+                how |= {"ls": "--", "fillstyle": "none", "clip_on": False}
+                how["markersize"] = 5 + 2 * (i % 4)
+            axes.plot(epochs, rows[key], **how)
         axes.set(ylabel=text, ylim=(0, 1 if kind == "silent" else None))
         axes.set_visible(bool(layers))
     epoch_axes(figure)
@@ -2063,6 +2066,10 @@ def plot_monitor(plt, result):
     way = "grows" if last > first else "shrinks"
     title = f"the largest gradient norm {way} from {first:.2g} in the first epoch to {last:.2g}"
     title = title if len(epochs) > 1 else f"the largest gradient norm is {last:.2g}"
+    ends = {key.partition("_")[2]: rows[key][-1] for key in rows if key.startswith("silent")}
+    if any(ends.values()):
+        layer = max(ends, key=ends.get)
+        title += f"; {ends[layer]:.0%} of the units of {called(network, layer)} are silent"
     figure.suptitle(f"{result.data.name}: {title}")
     return figure
 
