@@ -83,10 +83,8 @@ class Result:
         """Put numbers of the summary, and ``more``, into a text: ``{best[value]:{form}}``."""
         metric, best = self.objective.metric, self.summary["best"]["value"]
         form = f"z.{decimals(best, 4)}f"
-        if metric == "cost":  # four digits of it, however large its unit is
-            scale = best or min(self.summary[rule]["value"] for rule in RULES) or 0.1
-            places = 3 - int(np.floor(np.log10(scale)))
-            form = f"z,.{max(places, 0)}f" if abs(places) <= 13 else "z.4g"
+        if metric == "cost":
+            form = cost_form(best or min(self.summary[rule]["value"] for rule in RULES) or 0.1)
         return text.format(name=METRICS[metric].name, form=form, **more, **self.summary)
 
     def shown(self, entry):
@@ -106,11 +104,18 @@ def decimals(share, least=3):
     return max(least, 1 - int(np.floor(np.log10(near)))) if near > TOLERANCE else least
 
 
+def cost_form(cost):
+    """The format that shows four digits of a cost, however large its unit is."""
+    places = 3 - int(np.floor(np.log10(cost)))
+    return f"z,.{max(places, 0)}f" if abs(places) <= 13 else "z.4g"
+
+
 def shown(value, metric=None):
     """A share, or a value of the metric, as the tables show it."""
     if value is None or np.isnan(value):
         return "-"
-    return f"{value:z.{decimals(value)}f}" if metric != "cost" else f"{value:.6g}"
+    form = f"z.{decimals(value)}f" if metric != "cost" else cost_form(value or 1.0)
+    return f"{value:{form}}"
 
 
 def analyse(cases, objective, *, exact=False, given=None, test=None, share=0.5, seed=0, **about):
