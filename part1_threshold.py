@@ -233,11 +233,12 @@ def tell_scores(result):
     if groups:
         yield f"They come in {groups:,} groups, which are resampled as wholes."
         if groups < 20:
-            yield "Of so few groups the intervals are too narrow: take them as a first impression."
+            yield "With so few groups the intervals are too narrow: they give a first impression."
     if objective.lower_is_positive:
         yield "A case is called positive when score <= threshold."
     if share := objective.prevalence:
-        yield f"From here on, all numbers are for cases of which {100 * share:.4g}% are positive."
+        text = "From here on, unless something else is said, numbers are for cases of which "
+        yield f"{text}{100 * share:.4g}% are positive."
 
 
 # %% Counting
@@ -408,7 +409,7 @@ class Objective:
     orient = property(lambda self: -1.0 if self.lower_is_positive else 1.0)
 
     unlimited = property(lambda self: replace(self, confidence=None, **dict.fromkeys(LIMITS)))
-    # Where only one class counts, calling everybody or nobody is best.
+    # Where one kind of error does not count, calling almost everybody or nobody is best.
     one_sided = property(lambda self: self.metric in RATES and not self.limits)
 
     @property
@@ -714,7 +715,7 @@ def weigh(gain, loss, n, judged):
     if high < loss or abs(gain["value"]) <= TOLERANCE:  # 0.5 is as good
         verdict = "does_not_pay"
     end, goal = (low, 0) if corrected > loss else (high, loss)
-    needed = n * max(1.1, ratio(end - corrected, goal - corrected) ** 2)
+    needed = np.round(n * max(1.1, ratio(end - corrected, goal - corrected) ** 2))
     return gain | {
         "verdict": verdict if judged else None,
         "cases_needed": needed if judged and verdict == "cannot_tell" else None,
@@ -751,9 +752,16 @@ VERDICTS = {
     "cases or more.",
     "out": "The default 0.5 reaches {default[value]:{form}}, but is ruled out by the limits.",
     "none": "These scores have no default threshold to compare with.",
-    "one_sided": "That is no advice: {name} alone is best where everybody or nobody is called. "
+    "one_sided": "That is no advice: {name} alone is best where almost everybody or almost "
+    "nobody is called. "
     "Add a limit on another rate.",
 }
+
+
+def round_up(number):
+    """To one digit, which is all that is known of how many cases it takes."""
+    unit = 10.0 ** np.floor(np.log10(number))
+    return np.ceil(number / unit) * unit
 
 
 def headline(result):
@@ -763,8 +771,7 @@ def headline(result):
     verdict = "none" if gain is None else gain["verdict"] or "out"
     equal = verdict == "does_not_pay" and abs(gain["value"]) <= TOLERANCE
     verdict = "one_sided" if objective.one_sided else "equal" if equal else verdict
-    # Two digits say what is known.
-    needed = float(f"{np.ceil(gain['cases_needed']):.1e}") if verdict == "cannot_tell" else 0
+    needed = round_up(gain["cases_needed"]) if verdict == "cannot_tell" else 0
     text = CHOSEN_BY[summary["chosen_by"]] + VALUE + VERDICTS[verdict]
     reached = max(objective.sign * found["value"] for found in (best, default or best))
     simple = [objective.sign * summary[rule]["value"] for rule in RULES]
@@ -785,7 +792,8 @@ def tell_choice(result):
     line = "  {:<18} {threshold:>9} {:>11} {precision:>10} {recall:>7} {specificity:>12}"
     metrics = dict.fromkeys([metric, "f1", "youden_j", "balanced_accuracy"])
     rows = [(METRICS[own].name, own, summary["by_metric"][own]) for own in metrics]
-    rows += [(f"call {rule}", metric, summary[rule] | {"threshold": ""}) for rule in RULES]
+    if not result.choice.asked.limits:
+        rows += [(f"call {rule}", metric, summary[rule] | {"threshold": ""}) for rule in RULES]
     for name, own, found in rows:
         yield line.format(name, shown(found["value"], own), **result.shown(found))
     if metric == "cost":
@@ -800,15 +808,19 @@ def tell_choice(result):
         **result.shown(summary["best"]),
     )
     yield result.fill(
-        "At any threshold: ROC AUC {roc_auc:.4f}, average precision {average_precision:.4f}."
+        "Over all thresholds: ROC AUC {roc_auc:.4f}, average precision {average_precision:.4f}."
     )
     inside = 0.1 <= summary["best"]["threshold"] <= 0.9 or not summary["probabilities"]
     if not (inside or result.choice.fixed or result.objective.confidence):
         text = "The best threshold lies outside 0.10 to 0.90, so scores of positives were added "
         yield text + "to the table."
     if summary["exact"]:
-        text = "Of all distinct scores, not only the table's, {exact[threshold]} is best: {name} "
-        text += "{exact[value]:{form}}."
+        text = "No other distinct score does better."
+        if summary["exact"]["grid_loss"]:
+            text = (
+                "Of all distinct scores, not only the table's, {exact[threshold]} is best: {name} "
+            )
+            text += "{exact[value]:{form}}. The best of so many is also the luckiest."
         yield result.fill(text)
 
 
@@ -985,7 +997,7 @@ def tell_range(result):
     """Which thresholds may be the best, and which are nearly as good."""
     text = ""
     if np.ptp(result.summary["best"]["threshold_interval"]):
-        text += "In {replicates:,} tables drawn given these cases, the best threshold is between "
+        text += "In {replicates:,} redraws of these counts the best threshold is between "
         text += "{best[threshold_interval][0]} and {best[threshold_interval][1]} (95%). "
     if np.ptp([*result.summary["near_optimal"].values()]):
         text += "From {near_optimal[low]} to {near_optimal[high]} the value is within "
@@ -1026,10 +1038,10 @@ def check_theory(choice, best):
     return dict(zip(["expected_threshold", "expected_loss", "expected_loss_interval"], found))
 
 
-OFF = "They are off by {ece} on average, "
-CHANCE = OFF + "calibrated ones by {low} to {high} by chance: "
+OFF = "They are off by {ece} on average"
+CHANCE = OFF + " (calibrated scores: {low} to {high} by chance): "
 MISCALIBRATED = {
-    None: OFF + "of which chance may explain much, since the cases depend on each other.",
+    None: OFF + ", of which chance may explain much, since the cases depend on each other.",
     True: CHANCE + "calibrate them on held-out cases (Platt scaling, isotonic regression).",
     False: CHANCE + "no sign of miscalibration.",
 }
@@ -1042,7 +1054,8 @@ THEORY += "{calibration[expected_loss_interval][1]:{form}})."
 def tell_calibration(result):
     """The calibration error beside chance, and what the theory of true probabilities says."""
     if (found := result.summary["calibration"]) is None:
-        yield "No: they lie outside [0, 1], or low ones mean positive."
+        low = result.objective.lower_is_positive
+        yield "No: low ones mean positive." if low else "No: some lie outside [0, 1]."
         return
     if result.objective.prevalence:
         yield "This is about the cases as they were observed."
@@ -1077,7 +1090,7 @@ def tell_balances(result):
 
 # %% 7. What the errors suggest
 def suggest(choice, every, dtype):
-    """The error that outweighs the other by half, and a limit halfway to none, if one is kept."""
+    """The error that is over 1.5 times the other, and a limit that halves its rate, if it can."""
     objective, chosen = choice.objective, choice.table[[choice.chosen]]
     counts, by_cost = chosen.at_prevalence(objective.prevalence), objective.metric == "cost"
     alarms, misses = counts.fp.item(), counts.fn.item()
@@ -1088,8 +1101,9 @@ def suggest(choice, every, dtype):
     error = "false_alarms" if alarms > misses else "misses"
     name = {"false_alarms": "min_precision", "misses": "min_recall"}[error]
     limit = round((1 + measure(LIMITS[name], chosen, objective).item()) / 2, 2)
-    found = None  # a threshold that is given, or chosen on other cases, stays as it is
-    if not choice.fixed and name not in objective.limits:
+    # A threshold that is given, or chosen on other cases, stays; costs say all there is to say.
+    found = None
+    if not (choice.fixed or by_cost or name in objective.limits):
         found = outcome_of(name, limit, every, objective, dtype)
     return {"dominant_error": error, "suggestion": found}
 
@@ -1108,7 +1122,7 @@ def outcome_of(name, limit, every, objective, dtype):
     }
 
 
-TRY = "try {suggestion[option]} {suggestion[limit]:g} ({name} {suggestion[value]:{form}}, at "
+TRY = "try {suggestion[option]} {suggestion[limit]:g}, which costs {loss:{form}} of {name} (at "
 TRY += "{suggestion[threshold]}); or "
 ERRORS = "{by_cost} (false alarms: {fp}, misses: {fn}): "
 ADVICE = {
@@ -1126,7 +1140,7 @@ def tell_suggestions(result):
     if best["fp"] + best["fn"] == 0:
         yield "There are no errors at the chosen threshold among these cases."
         return
-    limit = result.fill(TRY) if limit else ""
+    limit = result.fill(TRY, loss=abs(limit["value"] - best["value"])) if limit else ""
     by_cost = " by cost" * (result.objective.metric == "cost")
     text = ADVICE[result.summary["dominant_error"]]
     yield text.format(by_cost=by_cost, limit=limit, **result.shown(best))
@@ -1181,8 +1195,8 @@ def plot_outcomes(plt, result):
             axes.stairs(heights, edges, fill=True, color=color, label=f"{name}: {counts[key]}")
     axes.axvline(best["threshold"], color=BLACK, lw=1.5, label=result.fill(CHOSEN))
     axes.axhline(0, color=BLACK, lw=0.8)
-    title = f"Of the positives {1 - best['recall']:.1%} are missed, "
-    title += f"of the negatives {1 - best['specificity']:.1%} called"
+    title = f"{1 - best['recall']:.1%} of the positives are missed, "
+    title += f"{1 - best['specificity']:.1%} of the negatives are called"
     label = "negatives below, positives above\n(each class has area 1)"
     axes.set(xlabel="score", ylabel=label, yticks=[], title=title)
     return figure
@@ -1290,7 +1304,11 @@ def parse_arguments(argv):
     add("--n-samples", type=utils.integer(2), default=10_000, help="number of cases")
     add("--positive-rate", type=share, default=0.3, help="share of positives")
     add = parser.add_argument_group("your own scores").add_argument
-    add("--scores", type=path, help="CSV (also .gz, .bz2, .xz), NPZ or NPY file; - is the input")
+    add(
+        "--scores",
+        type=path,
+        help="CSV (also .gz, .bz2, .xz), NPZ or NPY file; - for standard input",
+    )
     add("--label-column", help="column or array of the labels, else y_true or found by values")
     add("--score-column", help="column or array of the scores, else y_score or found by values")
     add("--positive", help="label that is positive; every other one is negative")
@@ -1305,12 +1323,12 @@ def parse_arguments(argv):
     add("--fn-cost", type=number(0, 1e9), default=1.0, help="cost of a miss")
     for name, rate in LIMITS.items():
         add(option(name), type=number(0, 1), help=f"limit on the {METRICS[rate].name}")
-    add("--confidence", type=share, help="with which the limits are to be kept")
+    add("--confidence", type=share, help="confidence with which the limits are kept")
     add("--prevalence", type=share, help="share of positives where it will be used")
-    add("--exact", action="store_true", help="also search all distinct scores")
+    add("--exact", action="store_true", help="also search all distinct scores, of any range")
     add("--threshold", type=number(-1e300, 1e300), help="judge this one instead of choosing")
     add = parser.add_argument_group("run").add_argument
-    add("--holdout", type=share, default=0.5, help="share of cases that scores the choice")
+    add("--holdout", type=share, default=0.5, help="share of cases kept back to judge the choice")
     add("--seed", type=utils.integer(0, 2**128), default=42, help="of simulation and resampling")
     add("--output-dir", type=path, default=Path("outputs/part1"), help="where to write")
     add("--show", action="store_true", help="also show the plots in windows")

@@ -5,12 +5,12 @@
     python part2_cifar_cnn.py --preset tuned           a better recipe, flag by flag
     python part2_cifar_cnn.py --resume FOLDER          continue a run that was interrupted
     python part2_cifar_cnn.py --evaluate RUN RUN ...   judge, compare and average finished runs
-    python part2_cifar_cnn.py --predict PICTURE ...    say what own pictures show
+    python part2_cifar_cnn.py --predict PICTURE ...    say what your own pictures show
     python part2_cifar_cnn.py --export RUN             a file that runs without this script
 
 The default network has two convolutions, BatchNorm, dropout and 282,442 parameters. With
 seed 42 its ten epochs take 70 s on two CPU cores that compute in bfloat16 and reach 69.88%
-on the test images. It trains on CUDA where there is one, else on the CPU. The epoch that is
+on the test images. It trains on a GPU where one works, else on the CPU. The epoch that is
 best on 5,000 validation images is kept; the test images are used once, at the end.
 
 Each run has a folder: best.pt (the network), last.pt (what --resume continues from),
@@ -709,8 +709,9 @@ def find_data(settings, folder):
     try:
         return load_cifar10(folder)
     except utils.Unavailable as error:
+        error = f"{error}, or name a folder that has it with --data-dir"
         if name == "cifar10":
-            raise UserError(f"{error}, or use --dataset digits") from error
+            raise UserError(error) from None
         say("", "!" * 72, "!!  CIFAR-10 IS NOT AVAILABLE: THIS RUN USES THE SMALL DIGITS")
         say("!!  DATA SET OF SCIKIT-LEARN INSTEAD. ITS NUMBERS SAY NOTHING ABOUT CIFAR-10.")
         say("!" * 72, "")
@@ -1514,7 +1515,7 @@ def introduce(training):
     told |= {"optimizer", "lr", "schedule", "batch_size"}
     others = {k: v for k, v in asdict(settings).items() if v != usual[k] and k not in told}
     if others:
-        tell(f"Besides: {flags_text(others)}.")
+        tell(f"Also: {flags_text(others)}.")
     if settings.unfreeze != "all":
         parts = [learning(settings, epoch + 1) for epoch in range(settings.epochs)]
         what = [(2, "the upper half of the rest"), (3, "everything")]
@@ -1583,7 +1584,7 @@ def report(result):
         tell(f"{silent_text(layer, shares)} on these images, and learn nothing from them.")
     if len(silent) > 2:
         tell(
-            f"So it is with units of {len(silent) - 2} layers before (silent_units, metrics.json)."
+            f"{len(silent) - 2} earlier layers have such units, too (silent_units, metrics.json)."
         )
     for run in metrics.get("runs", []):
         tell(run_text(run))
@@ -1640,10 +1641,12 @@ def tell_comparison(found, result):
     low, high = (100 * end for end in found["interval"])
     only, unclear = found["only_first"], bool(found["p"] > 0.05 or low <= 0 <= high)
     tell(
-        f"The accuracy of the second is {100 * found['difference']:+z.2f} points from the first's "
-        f"(95% interval {low:+z.2f} to {high:+z.2f}; McNemar's exact p = {found['p']:.2g}): "
-        f"{len(only):,} images only the first gets right, {len(found['only_second']):,} only the "
-        f"second. {'These images cannot tell them apart.' * unclear}"
+        f"The second's accuracy differs from the first's by {100 * found['difference']:+z.2f} "
+        f"points (95% interval {low:+z.2f} to {high:+z.2f}; McNemar's exact p = "
+        f"{found['p']:.2g}): {len(only):,} images only the first gets right, "
+        f"{len(found['only_second']):,} only the second. "
+        + "These images cannot tell them apart."
+        * unclear
     )
     most = [f"{name} {100 * points:+.1f}" for name, points in found["classes"][:3] if points]
     if most:
@@ -1693,7 +1696,7 @@ def tell_suggestions(rows):
 
 # %% 9. Files
 
-MACHINE = {"device", "precision", "threads"}  # settings that may change within a run
+MACHINE = {"device", "precision", "threads"}  # settings that do not make it another run
 
 
 def claim_folder(a, settings):
@@ -2101,7 +2104,7 @@ def plot_strip(plt, result):
     axes.set(xticks=[], ylabel="epoch", yticks=range(len(epochs)), yticklabels=epochs)
     axes.grid(visible=False)
     figure.suptitle(
-        f"{result.data.name}: guesses of {len(shown)} validation images that are right (violet): "
+        f"{result.data.name}: right guesses (violet) on {len(shown)} validation images: "
         f"{right[0].sum()} after epoch {epochs[0]}, {right[-1].sum()} after epoch {epochs[-1]}"
     )
     return figure
@@ -2270,7 +2273,7 @@ def plot_activations(plt, result, columns=10):
         axes.bar(range(len(shares)), sorted(shares, reverse=True), color=utils.BLUE)
         axes.set(
             xlabel=f"units of {called(network, layer)}, sorted",
-            ylabel="fires for\nshare of images",
+            ylabel="share of images\nit fires for",
         )
         title = silent_text(layer, shares) if 0 in shares else "every unit fires"
     figure.suptitle(f"{result.data.name}: what the layers make of an image; {title}")
@@ -2508,8 +2511,8 @@ class Settings:
     image_size: str = flag(
         "32",
         image_size,
-        "side of the images as the network sees them, or several in turn with their shares of "
-        "the epochs: 24:0.5,32:0.5",
+        "side of the images as the network sees them (small and tuned: 32), or several in turn "
+        "with their shares of the epochs: 24:0.5,32:0.5",
     )
     crop_padding: int = flag(4, integer(0, 16), "largest random shift in pixels")
     crop_fill: str = flag("black", ("black", "reflect"), "what a shift brings in")
@@ -2543,7 +2546,7 @@ class Settings:
         1.0, number(0, 1), "do so only where an image's own largest probability is at most this"
     )
     # run
-    seed: int = flag(42, integer(0, 2**128), "seed of every random draw")
+    seed: int = flag(42, integer(0, 2**128), "seed of the training")
     threads: int = flag(0, integer(0, 1024), "CPU threads; 0: the cores that may be used")
     device: str = flag("auto", str, "auto, cpu, cuda or another torch device")
     precision: str = flag("auto", PRECISIONS, "auto: bfloat16 where the processor computes in it")
@@ -2668,7 +2671,8 @@ def choose_settings(a):
 def settings_to_resume(folder, given):
     """The settings in last.pt, which the given ones must agree with, and all that it holds.
 
-    Only the device may be another, and there may be more epochs where the schedule allows it.
+    Only device and threads may be others, and there may be more epochs where the schedule
+    allows it.
     """
     path = folder / "last.pt"
     if not os.path.exists(path):

@@ -27,6 +27,7 @@ import tempfile
 import textwrap
 import threading
 import time
+import urllib.parse
 import urllib.request
 import warnings
 import zipfile
@@ -378,7 +379,7 @@ def unpacked(archive, name, folder):
 
 
 def _fetch_archive(archive, path):
-    say(f"{path} is not there: fetching it ({archive.size / 1e6:.0f} MB)")
+    tell(f"{path} is not there: fetching it ({archive.size / 1e6:.0f} MB).")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         download(archive.urls, path, archive.md5)
@@ -436,9 +437,9 @@ def download(urls, path, md5, stall_seconds=15):
     The bytes go into a file of this process's own, which becomes ``path`` only when the MD5 is
     right; if no address delivers it, the UserError names each failure.
     """
-    failures = []
+    failures = {}  # servers by the reason: without an internet connection it is the same
     for url in urls:
-        say(f"  downloading {url}")
+        tell(f"Downloading from {urllib.parse.urlsplit(url).hostname}.")
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=".download-")
         try:
             with os.fdopen(handle, "wb") as file:
@@ -448,10 +449,11 @@ def download(urls, path, md5, stall_seconds=15):
             os.chmod(name, 0o644)  # a temporary file is its owner's alone
             return os.replace(name, path)
         except (OSError, ValueError, EOFError, http.client.HTTPException) as error:
-            failures.append(f"{url}: {error or type(error).__name__}")
+            failures.setdefault(str(error) or type(error).__name__, []).append(url)
         finally:
             Path(name).unlink(missing_ok=True)
-    raise UserError(f"no server delivered {path.name} ({'; '.join(failures)})")
+    failures = "; ".join(f"{', '.join(tried)}: {why}" for why, tried in failures.items())
+    raise UserError(f"no server delivered {path.name} ({failures})")
 
 
 def _fetch(url, file, stall_seconds):
@@ -501,7 +503,7 @@ class Cases(NamedTuple):
     scores: np.ndarray  # float, (n,), in the file's own precision
     counts: np.ndarray | None = None  # int64, (n,): cases that each row stands for
     groups: np.ndarray | None = None  # int, (n,): which person, place or day a case belongs to
-    remark: str = ""  # which columns were taken, if nobody said
+    remark: str = ""  # which columns were taken, if nobody said, and which labels are negative
 
     @property
     def n(self):
@@ -562,7 +564,10 @@ def read_scores(path, label=None, score=None, positive=None, count=None, group=N
     """
     table = _read_table(path)
     names = [name for name in (count, group) if name]
-    label, score, remark = _find_columns(table, label, score, names, unit)
+    label, score, remark = _find_columns(table, label, score, positive, names, unit)
+    for name, flag in ((count, "--count-column"), (group, "--group-column")):
+        if name and name not in table.columns:
+            raise UserError(f"{table.path} {_without(table, name)}: name yours with {flag}")
     shapes = {name: np.shape(table.columns[name]) for name in (label, score, *names)}
     if len({*shapes.values()}) > 1 or len(shapes[label]) != 1:
         shapes = " and ".join(f"{name} has shape {shape}" for name, shape in shapes.items())
@@ -570,12 +575,12 @@ def read_scores(path, label=None, score=None, positive=None, count=None, group=N
     if shapes[label] == (0,):
         raise UserError(f"{table.path} has a header but no cases: give a file with scores")
     counts = _find_counts(table, count) if count else None
-    labels = _find_positives(table, label, positive, counts)
+    labels, others = _find_positives(table, label, positive, counts)
     scores = _find_scores(table, score, unit)
     groups = _find_groups(table, group) if group else None
     held = slice(None) if counts is None else counts > 0
     some = [array if array is None else array[held] for array in (labels, scores, counts, groups)]
-    return Cases(*some, remark)
+    return Cases(*some, " ".join(filter(None, (remark, others))))
 
 
 def named(path):
@@ -678,13 +683,15 @@ def _as_text(array):
     return array
 
 
-def _find_columns(table, label, score, others, unit):
+def _find_columns(table, label, score, positive, others, unit):
     """Names of label and score, and what to say of a choice that nobody made."""
     columns, usual = table.columns, {"y_true", "y_score"}
     if not (label or score or usual <= {*columns}):
         kinds = {name: _kind(table, name) for name in columns if name not in others}
         labels = [name for name in kinds if kinds[name] in ("0 and 1", "two words")]
         labels = labels or [name for name in kinds if kinds[name] == "two numbers"]
+        if positive is not None and not labels:  # there may be three labels
+            labels = [name for name in kinds if _is_label(table, name, positive).any()]
         scores = [name for name in kinds if "numbers" in kinds[name] and name not in labels]
         if unit and len(scores) > 1:  # the others may be numbers of cases, or ages
             shares = [n for n in scores if np.all(abs(table.numbers(n) - 0.5) <= 0.5)]
@@ -694,14 +701,15 @@ def _find_columns(table, label, score, others, unit):
             remark = f"Labels are taken from {labels[0]}, scores from {scores[0]}."
             return labels[0], scores[0], remark
     label, score = label or "y_true", score or "y_score"
-    for name in (label, score, *others):
+    for name in (label, score):
         if name not in columns:
-            raise UserError(
-                f"{table.path} has no column {name!r} among "
-                f"{textwrap.shorten(', '.join(columns), 300)}: name yours with --label-column "
-                "and --score-column"
-            )
+            text = "name yours with --label-column and --score-column"
+            raise UserError(f"{table.path} {_without(table, name)}: {text}")
     return label, score, ""
+
+
+def _without(table, name):
+    return f"has no column {name!r} among {textwrap.shorten(', '.join(table.columns), 300)}"
 
 
 def _kind(table, name):
@@ -749,32 +757,48 @@ def _is_missing(values):
     return absent & ((values != "-") | ~(values == "+").any())  # beside + it is a sign
 
 
-def _find_positives(table, name, positive, counts):
-    """Labels as bool: 1 (or ``positive``) against 0 (or every other value)."""
+def _as_labels(table, name):
     values = table.columns[name]
-    if not (isinstance(values, np.ndarray) and values.dtype.kind in "fiub"):
-        values = np.array([str(value).strip() for value in values])
-        absent = _is_missing(values)
-    else:
-        absent = np.isnan(values)
-    table.refuse(absent, f"no label in {name}", values, "label or remove them")
-    sought = "1" if positive is None else positive.strip()
+    if isinstance(values, np.ndarray) and values.dtype.kind in "fiub":
+        return values
+    return np.array([str(value).strip() for value in values])
+
+
+def _is_label(table, name, sought):
+    """Where a column has a label, as numbers if all of it are, else as text."""
+    values, sought = _as_labels(table, name), sought.strip()
     numbers, wanted = _as_numbers(values), _as_numbers(np.array([sought]))
+    as_text = numbers is None or wanted is None
+    return values.astype(str) == sought if as_text else numbers == wanted
+
+
+def _find_positives(table, name, positive, counts):
+    """Labels as bool, 1 (or ``positive``) against 0 (or every other value); if several, which."""
+    values = _as_labels(table, name)
+    absent = _is_missing(values) if values.dtype.kind == "U" else np.isnan(values)
+    table.refuse(absent, f"no label in {name}", values, "label or remove them")
     known = np.unique(values[:1000]).tolist()
     known = ", ".join(map(repr, known[:5])) + ", ..." * (len(known) > 5)
+    sought = "1" if positive is None else positive.strip()
+    labels = _is_label(table, name, sought)
     if positive is None:
-        strange = ~(np.isin(values, ("0", "1")) if numbers is None else np.isin(numbers, (0, 1)))
         remedy = f"there is {known}; say with --positive which label is positive"
+        strange = ~(labels | _is_label(table, name, "0"))
         table.refuse(strange, f"a label in {name} that is neither 0 nor 1", values, remedy)
-    as_text = numbers is None or wanted is None
-    labels = values.astype(str) == sought if as_text else numbers == wanted
+    elif values.dtype.kind == "U":
+        alike = ~labels & (np.char.lower(values) == sought.lower())
+        table.refuse(alike, f"a label in {name} written unlike {sought}", values, "write it alike")
     held = labels if counts is None else labels[counts > 0]
     if not held.any() or held.all():
         raise UserError(
             f"{table.path}: the labels in {name} are {'all' if held.any() else 'never'} "
             f"{sought} (there is {known}): both classes are needed; see --positive"
         )
-    return labels
+    others, n = np.unique(values[~labels], return_inverse=True)
+    n = np.bincount(n, None if counts is None else counts[~labels])
+    rarest = [f"{others[i]} ({n[i]:,.0f})" for i in n.argsort(kind="stable")[:5]]
+    text = f"Negative labels: {', '.join(rarest)}{' and others' * (len(n) > 5)}."
+    return labels, text * (len(n) > 1)
 
 
 def _as_numbers(values):
@@ -937,9 +961,10 @@ def read_class_folders(folder, side):
         raise UserError(
             f"{folder / 'train'}: {ascii(odd[0])} cannot be printed: rename that class"
         )
-    if len(train) < 2 or min(map(len, train.values())) < 5:
+    few = [f", not {len(files)} as in {name}" for name, files in train.items() if len(files) < 5]
+    if len(train) < 2 or few:
         text = "there must be two or more folders, a class each, of five or more pictures"
-        raise UserError(f"{folder / 'train'}: {text}")
+        raise UserError(f"{folder / 'train'}: {text}{''.join(few[:1])}")
     if test and (list(test) != list(train) or not all(test.values())):
         text = "there must be pictures of each class that train has, and of no other"
         raise UserError(f"{folder / 'test'}: {text}")
@@ -1197,7 +1222,7 @@ def choose_device(name, trial):
             raise UserError(f"{text}: use --device cpu or --device auto") from error
         return torch.device("cpu"), f"the GPU that PyTorch sees does not work: {why}"
     found = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    return device, "as set" if asked else f"found {found}"
+    return device, f"--device {name}" if asked else f"found {found}"
 
 
 def usable_threads():

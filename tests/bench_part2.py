@@ -53,7 +53,7 @@ def run_plain(data_dir, epochs, seed):
     train, test = (
         torch.utils.data.DataLoader(s, 128, shuffle=s is sets[0], num_workers=2) for s in sets
     )
-    model = plain_network(0.5)
+    model = plain_network()
     optimizer = torch.optim.Adam(model.parameters(), lr=0.001)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=5, gamma=0.5)
     seconds = []
@@ -69,7 +69,7 @@ def run_plain(data_dir, epochs, seed):
     return seconds, *tested(model, test)
 
 
-def plain_network(dropout, classes):
+def plain_network(dropout=0.5, classes=10):
     """The baseline's layers in the usual order: pooling last."""
     from torch import nn
 

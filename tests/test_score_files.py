@@ -218,6 +218,18 @@ BAD = {  # case: content of a CSV or NPZ file, further arguments, what the error
     "word labels": ("csv", HEAD + b"cat,0.3\ndog,0.4\n", [], ["--positive", "cat", "dog"]),
     "three labels": ("csv", HEAD + b"0,0.3\n1,0.4\n2,0.4\n", [], ["--positive"]),
     "cow": ("csv", HEAD + b"cat,0.3\ndog,0.4\n", ["--positive", "cow"], ["cow", "cat", "dog"]),
+    "another case": (
+        "csv",
+        HEAD + b"yes,0.3\nno,0.4\nYes,0.4\n",
+        ["--positive", "yes"],
+        ["line 4", "'Yes'", "alike"],
+    ),
+    "no such group": (
+        "csv",
+        b"ill,risk\n0,.3\n1,.4\n",
+        ["--group-column", "patient_id"],
+        ["'patient_id'", "ill", "--group-column"],
+    ),
     "yes for 1": ("csv", HEAD + b"0,0.3\n1,0.4\n", ["--positive", "yes"], ["yes"]),
     "logits": ("csv", HEAD + b"0,-1.5\n1,0.4\n", [], ["-1.5", "--exact"]),
     "lengths": ("npz", {"y_true": [0, 1], "y_score": [0.1, 0.2, 0.3]}, [], ["length"]),
@@ -281,6 +293,19 @@ def test_columns_that_nobody_named_are_named(tmp_path, capsys):
         path.write_bytes(words)
         assert part1.main(["--scores", str(path), "--output-dir", str(tmp_path / "out")]) == 2
         assert "--positive" in check_refusal(2, capsys.readouterr().err, words)
+
+
+def test_of_several_negative_labels_each_is_told(tmp_path):
+    """And the column that holds the positive one is found; the rarest, perhaps an error, first."""
+    path = tmp_path / "s.csv"
+    path.write_bytes(b"outcome,risk,case\nbad,.9,a\ngood,.1,b\ngood,.2,c\ngod,.3,d\n")
+    cases = read_scores(path, positive="bad")
+    assert cases.labels.tolist() == [True, False, False, False]
+    assert cases.remark.endswith("from risk. Negative labels: god (1), good (2).")
+    path.write_bytes(b"y_true,y_score,n\n3,.9,1\n1,.1,5\n2,.2,7\n")
+    assert read_scores(path, positive="3", count="n").remark == "Negative labels: 1 (5), 2 (7)."
+    path.write_bytes(HEAD + b"bad,.9\ngood,.1\n")
+    assert read_scores(path, positive="bad").remark == ""
 
 
 def test_a_row_that_counts_n_times_equals_n_rows(tmp_path):

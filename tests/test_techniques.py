@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from helpers import error_line, first, quick_runs, run, run_epoch, state_of
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
+from torchvision.datasets import FakeData
 
 import part2_cifar_cnn as part2
 from part2_cifar_cnn import (
@@ -405,6 +406,17 @@ def test_the_training_curves_have_a_line_for_each_network(data):
 
 
 # ------------------------------------------------------------------- precision
+
+
+def test_the_plain_script_of_the_bench_learns(monkeypatch):
+    """On random images, of which it sees each once."""
+
+    def images(folder, train, transform):
+        return FakeData(150, (3, 32, 32), 10, transform)
+
+    monkeypatch.setattr("torchvision.datasets.CIFAR10", images)
+    seconds, accuracy, *_ = bench_part2.run_plain(Path(), 1, 0)
+    assert len(seconds) == 1 and 0 <= accuracy <= 1
 
 
 def test_the_bench_rounds_as_autocast_to_bfloat16_does(data):
