@@ -1216,8 +1216,10 @@ def plot_comparison(plt, result):
     metrics = dict.fromkeys([*COMPARED, result.objective.metric])
     points = {metric: result.summary["by_metric"][metric] for metric in metrics}
     places = [point["threshold"] for point in points.values()]
-    title = "The best thresholds of these metrics (dots) lie from {} to {}"
-    return plot_thresholds(plt, result, points, title.format(min(places), max(places)))
+    title = f"The best thresholds of these metrics (dots) lie from {min(places)} to {max(places)}"
+    if min(places) == max(places):
+        title = f"The best threshold of all these metrics (dots) is {places[0]}"
+    return plot_thresholds(plt, result, points, title)
 
 
 def plot_thresholds(plt, result, points, title):
@@ -1233,6 +1235,7 @@ def plot_thresholds(plt, result, points, title):
         axes.plot([], [], style, color=color, label=METRICS[metric].name)
         if metric == "cost":
             scale.set_ylabel("cost per case", color=color)
+            scale.grid(visible=False)
     axes.axvline(best, color=BLACK, lw=1, ls="--", label=result.fill(CHOSEN))
     if result.table.probabilities:
         axes.axvline(0.5, color="gray", lw=1.5, ls=":", label="default 0.5")

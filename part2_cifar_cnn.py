@@ -1521,7 +1521,7 @@ def introduce(training):
         what = [(2, "the upper half of the rest"), (3, "everything")]
         later = [f", {who} from epoch {parts.index(n) + 1} on" for n, who in what if n in parts]
         tell(f"{'First' if later else 'Only'} the head learns{''.join(later)}.")
-    say("", f"3. Training ({training.steps} steps an epoch)")
+    say("", f"3. Training ({training.steps} step{'s' * (training.steps > 1)} an epoch)")
     if done := len(training.history):
         finished = "This run is finished: nothing is left to train, so it is judged again."
         tell(finished if done == settings.epochs else f"Continuing after epoch {done}.")
@@ -1605,6 +1605,11 @@ def report(result):
     tell_suggestions(metrics["suggestions"])
 
 
+def most_silent(firing):
+    """The layer with the most silent units, and for which share of images each unit fires."""
+    return max(firing.items(), key=lambda item: item[1].count(0), default=("", []))
+
+
 def silent_text(layer, shares):
     """Say how many units of a layer are silent."""
     return f"{shares.count(0)} of the {len(shares)} units of layer {layer} (ReLU) never fire"
@@ -1632,8 +1637,9 @@ def choice_text(result):
 
 def run_text(run):
     """One of several runs: what it reached, and in which settings it differs."""
+    differs = flags_text(run["settings"])
     about = f"{run['accuracy']:.2%}, {run['seconds']:.0f} s, {run['parameters']:,} parameters"
-    return f"{run['run']}: {about}. {flags_text(run['settings'])}".strip()
+    return f"{run['run']}: {about}" + f", with {differs}" * bool(differs)
 
 
 def tell_comparison(found, result):
@@ -1648,9 +1654,9 @@ def tell_comparison(found, result):
         + "These images cannot tell them apart."
         * unclear
     )
-    most = [f"{name} {100 * points:+.1f}" for name, points in found["classes"][:3] if points]
+    most = [f"{name} ({100 * points:+.1f})" for name, points in found["classes"][:3] if points]
     if most:
-        tell(f"They differ most in the recall of {', '.join(most)} points.")
+        tell(f"They differ most in the recall of {', '.join(most)}, in points.")
     if result.split == "test":
         tell("Whoever picks the better one by these numbers should judge it on other images.")
 
@@ -1682,7 +1688,7 @@ def tell_confidence(result):
 def tell_suggestions(rows):
     """Print what bought most for its time on CIFAR-10."""
     if not rows:
-        return tell("The table of gains, of runs on CIFAR-10, has nothing for this one.")
+        return tell("The table of gains, of single runs on CIFAR-10, has nothing that this lacks.")
     tell(
         "Points of test accuracy over the baseline on CIFAR-10 (+- standard deviation over the "
         "seeds) and seconds of training, most points for their time first; from "
@@ -1955,7 +1961,9 @@ def plot_samples(plt, result, rows=4, columns=8):
     labels = targets.argmax(1) if targets.ndim == 2 else targets
     images = images.permute(0, 2, 3, 1).cpu() * torch.tensor(data.std) + torch.tensor(data.mean)
     names = [(data.classes[label], utils.BLACK) for label in labels.tolist()]
-    title = f"{data.name}: training images as the network sees them, new in each epoch"
+    title = (
+        f"{data.name}: some of the {len(data.train):,} training images as the network sees them"
+    )
     return image_grid(plt, images.clamp(0, 1), names, columns, title)
 
 
@@ -2005,22 +2013,27 @@ def plot_history(plt, result):
                 how = {"color": color, "label": run + name}
                 loss.plot(column["epoch"], column[f"{key}_loss"], style, **how)
                 share.plot(column["epoch"], column[f"{key}_accuracy"], style, color=color)
+                if not several:
+                    last = column["epoch"][-1], column[f"{key}_accuracy"][-1]
+                    how = {"xytext": (-4, 7), "textcoords": "offset points", "ha": "right"}
+                    share.annotate(f"{last[1]:.1%}", last, color=color, **how)
         for axes in (loss, share):
             axes.axvline(
                 network.kept["epoch"],
                 color=colors[0],
                 ls=":",
-                label="epoch that is kept" if axes is loss and not several else None,
+                label="epoch that is kept" if axes is loss and not i else None,
             )
         lr.plot(column["epoch"], column["lr"], "o-", drawstyle="steps-post", color=colors[0])
     loss.set_ylabel("cross-entropy (nats)")
     share.set_ylabel("accuracy")
+    share.margins(y=0.1)
     lr.set(ylabel="learning rate (start of epoch)", ylim=(0, None))
     epoch_axes(figure)
     title = f"{result.data.name}: {result.metrics['accuracy']:.1%} of the {result.name} are right"
     if all(n.kept["val_accuracy"] > n.kept["train_accuracy"] for n in result.networks):
         harder = " and ".join(handicaps(result.networks[0]))
-        title += "; training lies lower, measured while it learns"
+        title += "\nTraining accuracy is lower: it is measured while the network learns"
         title += f", with {harder}" * bool(harder)
     figure.suptitle(title)
     return figure
@@ -2050,7 +2063,11 @@ def plot_monitor(plt, result):
     for axes, kind, text in zip(
         grid,
         ("gradient", "weight", "silent"),
-        ("norm of the gradient (every 10th step)", "norm of the weights", "share of silent units"),
+        (
+            "norm of the gradient (every 10th step)",
+            "norm of the weights",
+            "share of units that never fire",
+        ),
     ):
         layers = [key for key in rows if key.startswith(kind)]
         for i, key in enumerate(layers):
@@ -2069,10 +2086,9 @@ def plot_monitor(plt, result):
     way = "grows" if last > first else "shrinks"
     title = f"the largest gradient norm {way} from {first:.2g} in the first epoch to {last:.2g}"
     title = title if len(epochs) > 1 else f"the largest gradient norm is {last:.2g}"
-    ends = {key.partition("_")[2]: rows[key][-1] for key in rows if key.startswith("silent")}
-    if any(ends.values()):
-        layer = max(ends, key=ends.get)
-        title += f"; {ends[layer]:.0%} of the units of {called(network, layer)} are silent"
+    layer, shares = most_silent(result.firing)
+    if 0 in shares:
+        title += f"\n{silent_text(layer, shares)}"
     figure.suptitle(f"{result.data.name}: {title}")
     return figure
 
@@ -2148,6 +2164,7 @@ def plot_classes(plt, result):
 
 def plot_confusion(plt, result):
     """Draw which class is taken for which, in percent of the true class."""
+    from matplotlib.ticker import PercentFormatter
     from sklearn.metrics import ConfusionMatrixDisplay
 
     classes, pairs = result.data.classes, result.metrics["confused_pairs"]
@@ -2171,8 +2188,10 @@ def plot_confusion(plt, result):
     title = f"{result.data.name}: no image is taken for another class"
     if pairs:
         most = [f"{first} and {second}" for first, second, n in pairs if n == pairs[0][2]]
-        title = f"{result.data.name}: confused most: {', '.join(most)}"
+        title = f"{result.data.name}: confused most: {', '.join(most)} ({pairs[0][2]:,} times)"
     axes.set(xlabel="predicted class", ylabel="true class", title=title)
+    axes.set_xticks(axes.get_xticks(), classes, ha="right", rotation_mode="anchor")
+    shown.im_.colorbar.ax.yaxis.set_major_formatter(PercentFormatter(1))
     return figure
 
 
@@ -2182,7 +2201,7 @@ def plot_predictions(plt, result, rows=4, columns=8):
     chosen = np.concatenate([right, wrong])
     title = (
         f"{result.data.name}: {len(right)} images picked among those guessed right (blue), "
-        f"{len(wrong)} among the wrong (red)\n{KEY}"
+        f"{len(wrong)} among the wrong (orange)\n{KEY}"
     )
     return image_grid(plt, result.images[chosen], captions(result, chosen), columns, title)
 
@@ -2269,7 +2288,7 @@ def plot_activations(plt, result, columns=10):
     title = "without ReLU no unit is silent"
     if bars:
         axes = below(figure, grid)
-        layer, shares = max(result.firing.items(), key=lambda item: item[1].count(0))
+        layer, shares = most_silent(result.firing)
         axes.bar(range(len(shares)), sorted(shares, reverse=True), color=utils.BLUE)
         axes.set(
             xlabel=f"units of {called(network, layer)}, sorted",
@@ -2292,7 +2311,9 @@ def plot_confidence(plt, result):
         m["calibration"]["ece"] for m in (result.metrics, result.metrics["as_trained"])
     )
     title = f"{result.data.name}: confidence is off by {after:.3f} on average"
-    figure.suptitle(title + f" ({before:.3f} before the temperature)" * bool(before != after))
+    title += f" ({before:.3f} before the temperature)" * bool(before != after)
+    low, high = result.metrics["calibration"]["ece_by_chance"]
+    figure.suptitle(f"{title}; calibrated it would be by {low:.3f} to {high:.3f}")
     return figure
 
 

@@ -1181,6 +1181,8 @@ def draw_reliability(axes, shape, what="scores", right="positives", band=True):
     if band:
         label = f"where calibrated {what} would be (95%)"
         axes.fill_between(shape["score"], *shape["band"], color="lightgray", lw=0, label=label)
+    else:
+        axes.axline((0, 0), slope=1, color="gray", ls=":", label=f"calibrated {what}")
     label = f"these {what} (isotonic curve)"
     axes.plot(shape["score"], shape["share"], color=BLUE, label=label)
     axes.set_ylabel(f"share of {right}")

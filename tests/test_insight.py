@@ -422,7 +422,7 @@ def test_the_curves_say_how_training_is_measured(trained, result):
     (row,) = trained.network.history[-1:]
     network = replace(trained.network, history=[row | {"train_accuracy": 1.0}], epoch=1)
     texts = shown(part2.plot_history(plt, replace(result, networks=[network])))
-    assert not [text for text in texts if "lies lower" in text]
+    assert not [text for text in texts if "is lower" in text]
 
 
 def test_the_strip_shows_what_the_monitor_holds(trained, result):

@@ -96,7 +96,8 @@ def test_readme_command_of_part_2_trains(quick, tmp_path, monkeypatch, command):
 def test_readme_commands_for_runs_that_are_there_work(quick, few_digits, tmp_path, monkeypatch):
     """In README's order, each on a few digits and for an epoch."""
     monkeypatch.chdir(tmp_path)
-    make_pictures(tmp_path / "pictures/train", {"cat": 30, "dog": 220}, 5, seed=0)
+    for part in ("train", "test"):
+        make_pictures(tmp_path / "pictures" / part, {"cat": 30, "dog": 220}, 5, seed=0)
     few = replace(few_digits, key="cifar10", name="CIFAR-10")
     monkeypatch.setattr(part2, "load_cifar10", lambda folder: few)
     monkeypatch.setattr(utils, "download_weights", random_weights)
@@ -336,7 +337,7 @@ def test_the_talk_shows_code_and_figures_that_are_there():
             assert heading in re.findall(r"^# %% (.*)", before, re.M)[-1]
             body = re.split(r"^\S", after.partition("\n")[2], flags=re.M)[0]
             shown, lines = shown + 1, lines + 1 + len(body.rstrip().splitlines())
-    assert shown == 6 and 100 < lines <= 250
+    assert shown == 7 and 100 < lines <= 250
 
 
 def is_shown(number, text):
