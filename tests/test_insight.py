@@ -271,7 +271,9 @@ def test_two_runs_are_compared_and_told_apart_by_their_settings(quick, tmp_path,
     assert found["difference"] == pytest.approx(metrics[1]["accuracy"] - metrics[0]["accuracy"])
     assert f"{won} only the second" in text and "judge it on other images" in text
     for each, seed in zip(metrics, "12"):
-        assert f"{each['accuracy']:.2%}" in text and f"282,442 parameters. --seed {seed}" in text
+        assert (
+            f"{each['accuracy']:.2%}" in text and f"282,442 parameters, with --seed {seed}" in text
+        )
     assert (
         part2.main(["--evaluate", runs[0], *EVALUATE, "--output-dir", str(tmp_path / "both")]) == 0
     )
@@ -412,8 +414,11 @@ def test_the_curves_say_how_training_is_measured(trained, result):
     kept = trained.network.kept
     assert kept["val_accuracy"] > kept["train_accuracy"]
     for changes, text in (
-        ({}, "while it learns, with augmentation and dropout"),
-        ({"dropout": 0.0, "crop_padding": 0}, "while it learns"),  # digits are never mirrored
+        ({}, "while the network learns, with augmentation and dropout"),
+        (
+            {"dropout": 0.0, "crop_padding": 0},
+            "while the network learns",
+        ),  # digits are never mirrored
     ):
         settings = replace(trained.network.settings, **changes)
         network = replace(trained.network, settings=settings)

@@ -397,7 +397,7 @@ def test_the_training_curves_have_a_line_for_each_network(data):
     lines = figure.axes[0].get_lines()[::2]  # the others mark the epoch that is kept
     assert [list(line.get_xdata()) for line in lines] == [[1, 2, 3]] * 2
     assert [list(line.get_ydata()) for line in lines] == [[2.0] * 3, [1.0] * 3]
-    labels = ["a: training", "b: training"]
+    labels = ["a: training", "epoch that is kept", "b: training"]
     assert figure.axes[0].get_legend_handles_labels()[1] == labels
     short = [replace(network, history=histories[0][:1])]
     figure = part2.plot_history(plt, replace(result, networks=short))
