@@ -52,7 +52,8 @@ def main(argv=None):
         cases, source, scenario = utils.Cases(*simulated), SCENARIOS[a.scenario], a.scenario
     how = {"exact": a.exact, "given": a.threshold, "share": a.holdout, "seed": a.seed}
     if a.test:
-        how |= {"test": read(a.test, a), "chosen_on": {"source": source, "n": cases.n}}
+        about = {"source": source, "n": cases.n, "remark": cases.remark}
+        how |= {"test": read(a.test, a), "chosen_on": about}
         source = utils.named(a.test)
     objective = Objective(**{field.name: getattr(a, field.name) for field in fields(Objective)})
     result = analyse(cases, objective, **how, source=source, scenario=scenario)
@@ -84,7 +85,7 @@ class Result:
         metric, best = self.objective.metric, self.summary["best"]["value"]
         form = f"z.{decimals(best, 4)}f"
         if metric == "cost":
-            form = cost_form(best or min(self.summary[rule]["value"] for rule in RULES) or 0.1)
+            form = cost_form(best or min(self.summary[rule]["value"] for rule in RULES))
         return text.format(name=METRICS[metric].name, form=form, **more, **self.summary)
 
     def shown(self, entry):
@@ -106,7 +107,7 @@ def decimals(share, least=3):
 
 def cost_form(cost):
     """The format that shows four digits of a cost, however large its unit is."""
-    places = 3 - int(np.floor(np.log10(cost)))
+    places = 3 - int(np.floor(np.log10(cost or 1.0)))
     return f"z,.{max(places, 0)}f" if abs(places) <= 13 else "z.4g"
 
 
@@ -114,7 +115,7 @@ def shown(value, metric=None):
     """A share, or a value of the metric, as the tables show it."""
     if value is None or np.isnan(value):
         return "-"
-    form = f"z.{decimals(value)}f" if metric != "cost" else cost_form(value or 1.0)
+    form = f"z.{decimals(value)}f" if metric != "cost" else cost_form(value)
     return f"{value:{form}}"
 
 
@@ -230,6 +231,8 @@ def tell_scores(result):
     )
     if result.cases.remark:
         yield result.cases.remark
+    if summary["chosen_by"] == "other cases" and summary["chosen_on"]["remark"]:
+        yield result.fill("{chosen_on[source]}: {chosen_on[remark]}")
     if groups:
         yield f"They come in {groups:,} groups, which are resampled as wholes."
         if groups < 20:
@@ -705,6 +708,12 @@ def describe_choice(choice, columns, drawn):
     }
 
 
+def round_up(number):
+    """To one digit, which is all that is known of how many cases it takes."""
+    unit = 10.0 ** np.floor(np.log10(number))
+    return np.ceil(number / unit) * unit
+
+
 def weigh(gain, loss, n, judged):
     """The gain over 0.5 with a verdict: None where there is nothing to judge.
 
@@ -715,7 +724,7 @@ def weigh(gain, loss, n, judged):
     if high < loss or abs(gain["value"]) <= TOLERANCE:  # 0.5 is as good
         verdict = "does_not_pay"
     end, goal = (low, 0) if corrected > loss else (high, loss)
-    needed = np.round(n * max(1.1, ratio(end - corrected, goal - corrected) ** 2))
+    needed = round_up(n * max(1.1, ratio(end - corrected, goal - corrected) ** 2))
     return gain | {
         "verdict": verdict if judged else None,
         "cases_needed": needed if judged and verdict == "cannot_tell" else None,
@@ -748,20 +757,14 @@ VERDICTS = {
     "pays": GAIN + "worth having.",
     "does_not_pay": GAIN + "no reason to leave 0.5.",
     "equal": "The default 0.5 reaches the same: no reason to leave it.",
-    "cannot_tell": GAIN + "these cases cannot tell whether it pays; it may take {needed:,.0f} "
-    "cases or more.",
+    "cannot_tell": GAIN + "these cases cannot tell whether it pays; it may take "
+    "{gain[cases_needed]:,.0f} cases or more.",
     "out": "The default 0.5 reaches {default[value]:{form}}, but is ruled out by the limits.",
     "none": "These scores have no default threshold to compare with.",
     "one_sided": "That is no advice: {name} alone is best where almost everybody or almost "
     "nobody is called. "
     "Add a limit on another rate.",
 }
-
-
-def round_up(number):
-    """To one digit, which is all that is known of how many cases it takes."""
-    unit = 10.0 ** np.floor(np.log10(number))
-    return np.ceil(number / unit) * unit
 
 
 def headline(result):
@@ -771,7 +774,6 @@ def headline(result):
     verdict = "none" if gain is None else gain["verdict"] or "out"
     equal = verdict == "does_not_pay" and abs(gain["value"]) <= TOLERANCE
     verdict = "one_sided" if objective.one_sided else "equal" if equal else verdict
-    needed = round_up(gain["cases_needed"]) if verdict == "cannot_tell" else 0
     text = CHOSEN_BY[summary["chosen_by"]] + VALUE + VERDICTS[verdict]
     reached = max(objective.sign * found["value"] for found in (best, default or best))
     simple = [objective.sign * summary[rule]["value"] for rule in RULES]
@@ -780,7 +782,7 @@ def headline(result):
         rule = RULES[np.nanargmax(simple)]
         text += f" But calling {rule} reaches {{{rule}[value]:{{form}}}}."
     luck = "T" if result.choice.fixed else "Corrected for the luck of the choice, t"
-    return result.fill(text, needed=needed, luck=luck)
+    return result.fill(text, luck=luck)
 
 
 def tell_choice(result):
@@ -814,7 +816,7 @@ def tell_choice(result):
     if not (inside or result.choice.fixed or result.objective.confidence):
         text = "The best threshold lies outside 0.10 to 0.90, so scores of positives were added "
         yield text + "to the table."
-    if summary["exact"]:
+    if summary["exact"] and not result.objective.confidence:  # which does not hold for it
         text = "No other distinct score does better."
         if summary["exact"]["grid_loss"]:
             text = (
@@ -1090,7 +1092,7 @@ def tell_balances(result):
 
 # %% 7. What the errors suggest
 def suggest(choice, every, dtype):
-    """The error that is over 1.5 times the other, and a limit that halves its rate, if it can."""
+    """The error that is over 1.5 times the other, and a limit halfway to none of it, if kept."""
     objective, chosen = choice.objective, choice.table[[choice.chosen]]
     counts, by_cost = chosen.at_prevalence(objective.prevalence), objective.metric == "cost"
     alarms, misses = counts.fp.item(), counts.fn.item()
@@ -1122,8 +1124,10 @@ def outcome_of(name, limit, every, objective, dtype):
     }
 
 
-TRY = "try {suggestion[option]} {suggestion[limit]:g}, which costs {loss:{form}} of {name} (at "
-TRY += "{suggestion[threshold]}); or "
+TRY = (
+    "try {suggestion[option]} {suggestion[limit]:g} ({name} {suggestion[value]:{form}} instead of "
+)
+TRY += "{best[value]:{form}}, at {suggestion[threshold]}); or "
 ERRORS = "{by_cost} (false alarms: {fp}, misses: {fn}): "
 ADVICE = {
     None: "The errors are in balance" + ERRORS + "only better scores remove both kinds.",
@@ -1140,7 +1144,7 @@ def tell_suggestions(result):
     if best["fp"] + best["fn"] == 0:
         yield "There are no errors at the chosen threshold among these cases."
         return
-    limit = result.fill(TRY, loss=abs(limit["value"] - best["value"])) if limit else ""
+    limit = result.fill(TRY) if limit else ""
     by_cost = " by cost" * (result.objective.metric == "cost")
     text = ADVICE[result.summary["dominant_error"]]
     yield text.format(by_cost=by_cost, limit=limit, **result.shown(best))

@@ -709,9 +709,8 @@ def find_data(settings, folder):
     try:
         return load_cifar10(folder)
     except utils.Unavailable as error:
-        error = f"{error}, or name a folder that has it with --data-dir"
         if name == "cifar10":
-            raise UserError(error) from None
+            raise UserError(str(error)) from error
         say("", "!" * 72, "!!  CIFAR-10 IS NOT AVAILABLE: THIS RUN USES THE SMALL DIGITS")
         say("!!  DATA SET OF SCIKIT-LEARN INSTEAD. ITS NUMBERS SAY NOTHING ABOUT CIFAR-10.")
         say("!" * 72, "")
@@ -1605,11 +1604,6 @@ def report(result):
     tell_suggestions(metrics["suggestions"])
 
 
-def most_silent(firing):
-    """The layer with the most silent units, and for which share of images each unit fires."""
-    return max(firing.items(), key=lambda item: item[1].count(0), default=("", []))
-
-
 def silent_text(layer, shares):
     """Say how many units of a layer are silent."""
     return f"{shares.count(0)} of the {len(shares)} units of layer {layer} (ReLU) never fire"
@@ -1645,14 +1639,14 @@ def run_text(run):
 def tell_comparison(found, result):
     """Print how the second of two networks differs from the first."""
     low, high = (100 * end for end in found["interval"])
-    only, unclear = found["only_first"], bool(found["p"] > 0.05 or low <= 0 <= high)
+    only = found["only_first"]
+    unclear = found["p"] > 0.05 or low <= 0 <= high
+    unclear = "These images cannot tell them apart." if unclear else ""
     tell(
         f"The second's accuracy differs from the first's by {100 * found['difference']:+z.2f} "
         f"points (95% interval {low:+z.2f} to {high:+z.2f}; McNemar's exact p = "
         f"{found['p']:.2g}): {len(only):,} images only the first gets right, "
-        f"{len(found['only_second']):,} only the second. "
-        + "These images cannot tell them apart."
-        * unclear
+        f"{len(found['only_second']):,} only the second. " + unclear
     )
     most = [f"{name} ({100 * points:+.1f})" for name, points in found["classes"][:3] if points]
     if most:
@@ -2014,9 +2008,11 @@ def plot_history(plt, result):
                 loss.plot(column["epoch"], column[f"{key}_loss"], style, **how)
                 share.plot(column["epoch"], column[f"{key}_accuracy"], style, color=color)
                 if not several:
-                    last = column["epoch"][-1], column[f"{key}_accuracy"][-1]
-                    how = {"xytext": (-4, 7), "textcoords": "offset points", "ha": "right"}
-                    share.annotate(f"{last[1]:.1%}", last, color=color, **how)
+                    kept = network.kept["epoch"], network.kept[f"{key}_accuracy"]
+                    other = {"train": "val", "val": "train"}[key]
+                    place = (-4, -20 if kept[1] < network.kept[f"{other}_accuracy"] else 7)
+                    how = {"xytext": place, "textcoords": "offset points", "ha": "right"}
+                    share.annotate(f"{kept[1]:.1%}", kept, color=color, **how)
         for axes in (loss, share):
             axes.axvline(
                 network.kept["epoch"],
@@ -2086,9 +2082,12 @@ def plot_monitor(plt, result):
     way = "grows" if last > first else "shrinks"
     title = f"the largest gradient norm {way} from {first:.2g} in the first epoch to {last:.2g}"
     title = title if len(epochs) > 1 else f"the largest gradient norm is {last:.2g}"
-    layer, shares = most_silent(result.firing)
-    if 0 in shares:
-        title += f"\n{silent_text(layer, shares)}"
+    ends = {key.partition("_")[2]: rows[key][-1] for key in rows if key.startswith("silent")}
+    if any(ends.values()):
+        layer = max(ends, key=ends.get)
+        title += (
+            f"\nAt the end {ends[layer]:.0%} of the units of {called(network, layer)} never fire"
+        )
     figure.suptitle(f"{result.data.name}: {title}")
     return figure
 
@@ -2188,9 +2187,10 @@ def plot_confusion(plt, result):
     title = f"{result.data.name}: no image is taken for another class"
     if pairs:
         most = [f"{first} and {second}" for first, second, n in pairs if n == pairs[0][2]]
-        title = f"{result.data.name}: confused most: {', '.join(most)} ({pairs[0][2]:,} times)"
+        title = f"{result.data.name}: confused most: {', '.join(most)} ({pairs[0][2]:,}x)"
     axes.set(xlabel="predicted class", ylabel="true class", title=title)
-    axes.set_xticks(axes.get_xticks(), classes, ha="right", rotation_mode="anchor")
+    if len(classes) <= 20:
+        axes.set_xticks(axes.get_xticks(), classes, ha="right", rotation_mode="anchor")
     shown.im_.colorbar.ax.yaxis.set_major_formatter(PercentFormatter(1))
     return figure
 
@@ -2288,7 +2288,7 @@ def plot_activations(plt, result, columns=10):
     title = "without ReLU no unit is silent"
     if bars:
         axes = below(figure, grid)
-        layer, shares = most_silent(result.firing)
+        layer, shares = max(result.firing.items(), key=lambda item: item[1].count(0))
         axes.bar(range(len(shares)), sorted(shares, reverse=True), color=utils.BLUE)
         axes.set(
             xlabel=f"units of {called(network, layer)}, sorted",
@@ -2311,9 +2311,9 @@ def plot_confidence(plt, result):
         m["calibration"]["ece"] for m in (result.metrics, result.metrics["as_trained"])
     )
     title = f"{result.data.name}: confidence is off by {after:.3f} on average"
-    title += f" ({before:.3f} before the temperature)" * bool(before != after)
     low, high = result.metrics["calibration"]["ece_by_chance"]
-    figure.suptitle(f"{title}; calibrated it would be by {low:.3f} to {high:.3f}")
+    before = f"{before:.3f} before the temperature; " * bool(before != after)
+    figure.suptitle(f"{title} ({before}by chance {low:.3f} to {high:.3f})")
     return figure
 
 

@@ -385,6 +385,7 @@ def _fetch_archive(archive, path):
         download(archive.urls, path, archive.md5)
     except (UserError, OSError) as error:
         where = f"put {archive.name} ({archive.size} bytes, md5 {archive.md5}) into {path.parent}"
+        where += ", or name a folder that has it with --data-dir"
         seen = [each for each in _listed(path.parent) if not each.startswith(".")]
         if seen:  # the user meant this folder
             raise UserError(
@@ -575,12 +576,14 @@ def read_scores(path, label=None, score=None, positive=None, count=None, group=N
     if shapes[label] == (0,):
         raise UserError(f"{table.path} has a header but no cases: give a file with scores")
     counts = _find_counts(table, count) if count else None
-    labels, others = _find_positives(table, label, positive, counts)
+    labels = _find_positives(table, label, positive, counts)
+    if positive is not None:
+        remark = f"{remark} {_list_negatives(table, label, labels, counts)}".strip()
     scores = _find_scores(table, score, unit)
     groups = _find_groups(table, group) if group else None
     held = slice(None) if counts is None else counts > 0
     some = [array if array is None else array[held] for array in (labels, scores, counts, groups)]
-    return Cases(*some, " ".join(filter(None, (remark, others))))
+    return Cases(*some, remark)
 
 
 def named(path):
@@ -687,11 +690,15 @@ def _find_columns(table, label, score, positive, others, unit):
     """Names of label and score, and what to say of a choice that nobody made."""
     columns, usual = table.columns, {"y_true", "y_score"}
     if not (label or score or usual <= {*columns}):
-        kinds = {name: _kind(table, name) for name in columns if name not in others}
+        kinds = {
+            n: _kind(table, n) for n in columns if np.ndim(columns[n]) < 2 and n not in others
+        }
         labels = [name for name in kinds if kinds[name] in ("0 and 1", "two words")]
         labels = labels or [name for name in kinds if kinds[name] == "two numbers"]
-        if positive is not None and not labels:  # there may be three labels
-            labels = [name for name in kinds if _is_label(table, name, positive).any()]
+        if positive is not None:  # there may be three labels
+            few = [name for name in kinds if kinds[name] != "numbers"]
+            held = [n for n in few if _is_label(_as_labels(table, n), positive.strip()).any()]
+            labels = held or labels
         scores = [name for name in kinds if "numbers" in kinds[name] and name not in labels]
         if unit and len(scores) > 1:  # the others may be numbers of cases, or ages
             shares = [n for n in scores if np.all(abs(table.numbers(n) - 0.5) <= 0.5)]
@@ -764,44 +771,48 @@ def _as_labels(table, name):
     return np.array([str(value).strip() for value in values])
 
 
-def _is_label(table, name, sought):
-    """Where a column has a label, as numbers if all of it are, else as text."""
-    values, sought = _as_labels(table, name), sought.strip()
+def _is_label(values, sought):
+    """Where labels are ``sought``, as numbers if all of them are, else as text."""
     numbers, wanted = _as_numbers(values), _as_numbers(np.array([sought]))
     as_text = numbers is None or wanted is None
     return values.astype(str) == sought if as_text else numbers == wanted
 
 
 def _find_positives(table, name, positive, counts):
-    """Labels as bool, 1 (or ``positive``) against 0 (or every other value); if several, which."""
+    """Labels as bool: 1 (or ``positive``) against 0 (or every other value)."""
     values = _as_labels(table, name)
     absent = _is_missing(values) if values.dtype.kind == "U" else np.isnan(values)
     table.refuse(absent, f"no label in {name}", values, "label or remove them")
     known = np.unique(values[:1000]).tolist()
     known = ", ".join(map(repr, known[:5])) + ", ..." * (len(known) > 5)
     sought = "1" if positive is None else positive.strip()
-    labels = _is_label(table, name, sought)
+    labels = _is_label(values, sought)
     if positive is None:
         remedy = f"there is {known}; say with --positive which label is positive"
-        strange = ~(labels | _is_label(table, name, "0"))
+        strange = ~(labels | _is_label(values, "0"))
         table.refuse(strange, f"a label in {name} that is neither 0 nor 1", values, remedy)
-    elif values.dtype.kind == "U":
-        alike = ~labels & (np.char.lower(values) == sought.lower())
-        table.refuse(alike, f"a label in {name} written unlike {sought}", values, "write it alike")
     held = labels if counts is None else labels[counts > 0]
     if not held.any() or held.all():
         raise UserError(
             f"{table.path}: the labels in {name} are {'all' if held.any() else 'never'} "
             f"{sought} (there is {known}): both classes are needed; see --positive"
         )
-    others, n = np.unique(values[~labels], return_inverse=True)
-    n = np.bincount(n, None if counts is None else counts[~labels])
-    rarest = [f"{others[i]} ({n[i]:,.0f})" for i in n.argsort(kind="stable")[:5]]
+    return labels
+
+
+def _list_negatives(table, name, labels, counts):
+    """The negative labels, the rarest first, for it may be misspelt; "" if there is but one."""
+    rest = ~labels if counts is None else ~labels & (counts > 0)
+    others, index = np.unique(_as_labels(table, name)[rest], return_inverse=True)
+    n = np.bincount(index, None if counts is None else counts[rest])
+    rarest = [f"{str(others[i])!r:.40} ({n[i]:,.0f})" for i in n.argsort(kind="stable")[:5]]
     text = f"Negative labels: {', '.join(rarest)}{' and others' * (len(n) > 5)}."
-    return labels, text * (len(n) > 1)
+    return text * (len(n) > 1)
 
 
 def _as_numbers(values):
+    if values.dtype.kind in "fiub":
+        return values
     if values.dtype.kind == "U" and np.char.count(values, "_").any():  # 0_1 is no 1
         return None
     try:
@@ -1224,7 +1235,7 @@ def choose_device(name, trial):
             raise UserError(f"{text}: use --device cpu or --device auto") from error
         return torch.device("cpu"), f"the GPU that PyTorch sees does not work: {why}"
     found = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    return device, f"--device {name}" if asked else f"found {found}"
+    return device, "as its settings say" if asked else f"found {found}"
 
 
 def usable_threads():

@@ -218,12 +218,8 @@ BAD = {  # case: content of a CSV or NPZ file, further arguments, what the error
     "word labels": ("csv", HEAD + b"cat,0.3\ndog,0.4\n", [], ["--positive", "cat", "dog"]),
     "three labels": ("csv", HEAD + b"0,0.3\n1,0.4\n2,0.4\n", [], ["--positive"]),
     "cow": ("csv", HEAD + b"cat,0.3\ndog,0.4\n", ["--positive", "cow"], ["cow", "cat", "dog"]),
-    "another case": (
-        "csv",
-        HEAD + b"yes,0.3\nno,0.4\nYes,0.4\n",
-        ["--positive", "yes"],
-        ["line 4", "'Yes'", "alike"],
-    ),
+    "another case": ("csv", b"a,b\nTRUE,.3\nFALSE,.4\n", ["--positive", "true"], ["'TRUE'"]),
+    "which labels": ("csv", b"a,b,c\nx,x,.3\nx,y,.4\ny,x,.5\n", ["--positive", "x"], ["a, b, c"]),
     "no such group": (
         "csv",
         b"ill,risk\n0,.3\n1,.4\n",
@@ -301,9 +297,13 @@ def test_of_several_negative_labels_each_is_told(tmp_path):
     path.write_bytes(b"outcome,risk,case\nbad,.9,a\ngood,.1,b\ngood,.2,c\ngod,.3,d\n")
     cases = read_scores(path, positive="bad")
     assert cases.labels.tolist() == [True, False, False, False]
-    assert cases.remark.endswith("from risk. Negative labels: god (1), good (2).")
+    assert cases.remark.endswith("from risk. Negative labels: 'god' (1), 'good' (2).")
+    path.write_bytes(b"kind,sex,score\na,m,.9\nb,f,.1\nc,m,1\na,f,1\n")
+    assert read_scores(path, positive="a").labels.tolist() == [True, False, False, True]
     path.write_bytes(b"y_true,y_score,n\n3,.9,1\n1,.1,5\n2,.2,7\n")
-    assert read_scores(path, positive="3", count="n").remark == "Negative labels: 1 (5), 2 (7)."
+    assert (
+        read_scores(path, positive="3", count="n").remark == "Negative labels: '1' (5), '2' (7)."
+    )
     path.write_bytes(HEAD + b"bad,.9\ngood,.1\n")
     assert read_scores(path, positive="bad").remark == ""
 
