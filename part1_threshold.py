@@ -819,10 +819,8 @@ def tell_choice(result):
     if summary["exact"] and not result.objective.confidence:  # which does not hold for it
         text = "No other distinct score does better."
         if summary["exact"]["grid_loss"]:
-            text = (
-                "Of all distinct scores, not only the table's, {exact[threshold]} is best: {name} "
-            )
-            text += "{exact[value]:{form}}. The best of so many is also the luckiest."
+            text = "Of all distinct scores, not only the table's, {exact[threshold]} is best: "
+            text += "{name} {exact[value]:{form}}. The best of so many is also the luckiest."
         yield result.fill(text)
 
 
@@ -1124,10 +1122,8 @@ def outcome_of(name, limit, every, objective, dtype):
     }
 
 
-TRY = (
-    "try {suggestion[option]} {suggestion[limit]:g} ({name} {suggestion[value]:{form}} instead of "
-)
-TRY += "{best[value]:{form}}, at {suggestion[threshold]}); or "
+TRY = "try {suggestion[option]} {suggestion[limit]:g} ({name} {suggestion[value]:{form}} "
+TRY += "instead of {best[value]:{form}}, at {suggestion[threshold]}); or "
 ERRORS = "{by_cost} (false alarms: {fp}, misses: {fn}): "
 ADVICE = {
     None: "The errors are in balance" + ERRORS + "only better scores remove both kinds.",

@@ -690,9 +690,8 @@ def _find_columns(table, label, score, positive, others, unit):
     """Names of label and score, and what to say of a choice that nobody made."""
     columns, usual = table.columns, {"y_true", "y_score"}
     if not (label or score or usual <= {*columns}):
-        kinds = {
-            n: _kind(table, n) for n in columns if np.ndim(columns[n]) < 2 and n not in others
-        }
+        flat = [n for n, c in columns.items() if getattr(c, "ndim", 1) == 1 and n not in others]
+        kinds = {name: _kind(table, name) for name in flat}
         labels = [name for name in kinds if kinds[name] in ("0 and 1", "two words")]
         labels = labels or [name for name in kinds if kinds[name] == "two numbers"]
         if positive is not None:  # there may be three labels

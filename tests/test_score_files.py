@@ -291,6 +291,13 @@ def test_columns_that_nobody_named_are_named(tmp_path, capsys):
         assert "--positive" in check_refusal(2, capsys.readouterr().err, words)
 
 
+def test_arrays_of_other_shapes_are_no_columns(tmp_path):
+    """A note or a matrix beside labels and scores."""
+    arrays = {"ill": [0, 1], "risk": [0.1, 0.9], "note": "run 7", "more": [["a", "b"]]}
+    np.savez(tmp_path / "a.npz", **arrays)
+    assert read_scores(tmp_path / "a.npz").labels.tolist() == [False, True]
+
+
 def test_of_several_negative_labels_each_is_told(tmp_path):
     """And the column that holds the positive one is found; the rarest, perhaps an error, first."""
     path = tmp_path / "s.csv"
