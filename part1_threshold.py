@@ -145,7 +145,7 @@ def analyse(cases, objective, *, exact=False, given=None, test=None, share=0.5, 
         "exact": describe_exact(every, cases, found["best"], choice) if exact else None,
         "calibration": calibration(every, choice, found["best"]),
         "balances": other_balances(table, objective),
-        **suggest(choice, every, cases.scores.dtype),
+        "dominant_error": dominant_error(choice),
     }
     rows = [*quantiles(every.tp, 1000), *quantiles(every.tp + every.fp, 1000)]
     curve = every[np.unique([*rows, every.threshold.size - 1])]
@@ -163,7 +163,7 @@ def narrate(result):
         "How certain this is": tell_certainty,
         "Are the scores probabilities?": tell_calibration,
         "If another share of the cases were positive ({name}, no limits)": tell_balances,
-        "What the errors of this run suggest": tell_suggestions,
+        "What the errors of this run suggest": tell_errors,
     }
     for step, (title, paragraphs) in enumerate(story.items(), 1):
         say(f"{step}. {result.fill(title)}")
@@ -1041,7 +1041,7 @@ def check_theory(choice, best):
 OFF = "They are off by {ece} on average"
 CHANCE = OFF + " (calibrated scores: {low} to {high} by chance): "
 MISCALIBRATED = {
-    None: OFF + ", of which chance may explain much, since the cases depend on each other.",
+    None: OFF + ". How much of it is chance is not known where cases depend on each other.",
     True: CHANCE + "calibrate them on held-out cases (Platt scaling, isotonic regression).",
     False: CHANCE + "no sign of miscalibration.",
 }
@@ -1089,61 +1089,41 @@ def tell_balances(result):
 
 
 # %% 7. What the errors suggest
-def suggest(choice, every, dtype):
-    """The error that is over 1.5 times the other, and a limit halfway to none of it, if kept."""
-    objective, chosen = choice.objective, choice.table[[choice.chosen]]
-    counts, by_cost = chosen.at_prevalence(objective.prevalence), objective.metric == "cost"
+def dominant_error(choice):
+    """The error that is over 1.5 times the other, by cost if that is the metric, or None."""
+    objective = choice.objective
+    counts = choice.table[[choice.chosen]].at_prevalence(objective.prevalence)
     alarms, misses = counts.fp.item(), counts.fn.item()
-    if by_cost:
+    if objective.metric == "cost":
         alarms, misses = objective.fp_cost * alarms, objective.fn_cost * misses
     if max(alarms, misses) <= 1.5 * min(alarms, misses):
-        return {"dominant_error": None, "suggestion": None}
-    error = "false_alarms" if alarms > misses else "misses"
-    name = {"false_alarms": "min_precision", "misses": "min_recall"}[error]
-    limit = round((1 + measure(LIMITS[name], chosen, objective).item()) / 2, 2)
-    # A threshold that is given, or chosen on other cases, stays; costs say all there is to say.
-    found = None
-    if not (choice.fixed or by_cost or name in objective.limits):
-        found = outcome_of(name, limit, every, objective, dtype)
-    return {"dominant_error": error, "suggestion": found}
-
-
-def outcome_of(name, limit, every, objective, dtype):
-    """What a limit leads to, None if it cannot be kept."""
-    try:
-        _, table, _, best = search(every, replace(objective, **{name: limit}), dtype)
-    except UserError:
         return None
-    return {
-        "option": option(name),
-        "limit": limit,
-        "threshold": objective.orient * table.threshold[best] + 0.0,  # no -0.0
-        "value": measure(objective.metric, table[[best]], objective).item(),
-    }
+    return "false_alarms" if alarms > misses else "misses"
 
 
-TRY = "try {suggestion[option]} {suggestion[limit]:g} ({name} {suggestion[value]:{form}} "
-TRY += "instead of {best[value]:{form}}, at {suggestion[threshold]}); or "
-ERRORS = "{by_cost} (false alarms: {fp}, misses: {fn}): "
-ADVICE = {
-    None: "The errors are in balance" + ERRORS + "only better scores remove both kinds.",
-    "false_alarms": "False alarms prevail" + ERRORS + "{limit}look for wrong labels among the "
-    "highest-scoring negatives.",
-    "misses": "Misses prevail" + ERRORS + "{limit}look for a missing feature in the "
-    "lowest-scoring positives.",
+ERRORS = {
+    None: "The errors are in balance",
+    "false_alarms": "False alarms prevail",
+    "misses": "Misses prevail",
 }
+ADVICE = {
+    None: "only better scores remove both kinds.",
+    "false_alarms": "look for wrong labels among the highest-scoring negatives.",
+    "misses": "look for a missing feature in the lowest-scoring positives.",
+}
+BOUND = "another threshold or limit shifts that; only better scores remove both kinds."
 
 
-def tell_suggestions(result):
+def tell_errors(result):
     """What to try next, from this run's false positives and false negatives."""
-    best, limit = result.summary["best"], result.summary["suggestion"]
+    best, error = result.summary["best"], result.summary["dominant_error"]
     if best["fp"] + best["fn"] == 0:
         yield "There are no errors at the chosen threshold among these cases."
         return
-    limit = result.fill(TRY) if limit else ""
-    by_cost = " by cost" * (result.objective.metric == "cost")
-    text = ADVICE[result.summary["dominant_error"]]
-    yield text.format(by_cost=by_cost, limit=limit, **result.shown(best))
+    bound = error and (result.choice.fixed or result.objective.limits)
+    text = ERRORS[error] + " by cost" * (result.objective.metric == "cost")
+    text += " (false alarms: {fp}, misses: {fn}): " + (BOUND if bound else ADVICE[error])
+    yield text.format(**result.shown(best))
 
 
 # %% 8. Files and figures

@@ -688,8 +688,11 @@ def _as_text(array):
 
 def _find_columns(table, label, score, positive, others, unit):
     """Names of label and score, and what to say of a choice that nobody made."""
-    columns, usual = table.columns, {"y_true", "y_score"}
-    if not (label or score or usual <= {*columns}):
+    columns = table.columns
+    label = label or ("y_true" if "y_true" in columns else None)
+    score = score or ("y_score" if "y_score" in columns else None)
+    if not (label and score):
+        others = [*others, label, score]
         flat = [n for n, c in columns.items() if getattr(c, "ndim", 1) == 1 and n not in others]
         kinds = {name: _kind(table, name) for name in flat}
         labels = [name for name in kinds if kinds[name] in ("0 and 1", "two words")]
@@ -698,19 +701,22 @@ def _find_columns(table, label, score, positive, others, unit):
             few = [name for name in kinds if kinds[name] != "numbers"]
             held = [n for n in few if _is_label(_as_labels(table, n), positive.strip()).any()]
             labels = held or labels
+        labels = [label] if label else labels
         scores = [name for name in kinds if "numbers" in kinds[name] and name not in labels]
         if unit and len(scores) > 1:  # the others may be numbers of cases, or ages
             shares = [n for n in scores if np.all(abs(table.numbers(n) - 0.5) <= 0.5)]
             scores = shares or scores
-        if len(labels) == len(scores) == 1:
+        scores = [score] if score else scores
+        if len(labels) == len(scores) == 1 and {*labels, *scores} <= {*columns}:
             _refuse_numbers(table.path, [*labels, *scores], any)
             remark = f"Labels are taken from {labels[0]}, scores from {scores[0]}."
             return labels[0], scores[0], remark
-    label, score = label or "y_true", score or "y_score"
-    for name in (label, score):
+    for name in (label or "y_true", score or "y_score"):
         if name not in columns:
-            text = "name yours with --label-column and --score-column"
-            raise UserError(f"{table.path} {_without(table, name)}: {text}")
+            text = f"{_without(table, name)}: name yours with --label-column and --score-column"
+            if positive is not None and not label:
+                text += f", and see that one of them holds {positive!r}"
+            raise UserError(f"{table.path} {text}")
     return label, score, ""
 
 

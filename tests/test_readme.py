@@ -305,7 +305,7 @@ def test_the_first_lines_have_the_numbers_of_the_committed_runs():
     opening = re.sub(r"!\[.*?\)|`.*?`", "", README.split("## Run both")[0], flags=re.S)
     shown = section("What you will see") + section("The ladder of presets")
     numbers = re.findall(r"\d[\d,]*(?:\.\d+)?", opening)
-    assert len(numbers) == 9 and all(is_shown(number, shown) for number in numbers)
+    assert len(numbers) == 10 and all(is_shown(number, shown) for number in numbers)
 
 
 def test_the_table_of_figures_names_each_in_its_order():
@@ -359,7 +359,7 @@ def test_the_talk_says_the_numbers_that_are_shown(tmp_path, monkeypatch, capsys)
     for minute, what, numbers in rows:
         shown = part2_shows if int(minute) >= 15 else SUMMARY
         if int(minute) < 15 and "SUMMARY.md" not in numbers:
-            options = re.findall(r"the same with `(.*?)`", what)
+            options = re.findall(r"command with `(.*?)`", what)
             options += ["--output-dir", str(tmp_path)]
             assert part1.main(shlex.split(" ".join(options))) == 0
             shown = capsys.readouterr().out

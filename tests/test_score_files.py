@@ -131,7 +131,7 @@ BAD = {  # case: content of a CSV or NPZ file, further arguments, what the error
     "an image": ("csv", b"\x89PNG\r\n\x1a\n\x00\x00\xff\xfe", [], ["CSV"]),
     "open quote": ("csv", HEAD + b'1,"0.3\n0,0.4\n', [], ["CSV"]),
     "text as NPZ": ("npz", b"no archive", [], ["NPZ"]),
-    "no column": ("csv", b"label,y_score,z\n1,0.3,.3\n0,.2,.4\n", [], ["y_true", "label"]),
+    "no column": ("csv", b"a,b,y_score\n1,1,.3\n0,1,.4\n", [], ["y_true", "a, b"]),
     "no array": (
         "npz",
         {"a": [0, 1], "b": [0.1, 0.2], "c": [0.5, 0.6]},
@@ -220,6 +220,7 @@ BAD = {  # case: content of a CSV or NPZ file, further arguments, what the error
     "cow": ("csv", HEAD + b"cat,0.3\ndog,0.4\n", ["--positive", "cow"], ["cow", "cat", "dog"]),
     "another case": ("csv", b"a,b\nTRUE,.3\nFALSE,.4\n", ["--positive", "true"], ["'TRUE'"]),
     "which labels": ("csv", b"a,b,c\nx,x,.3\nx,y,.4\ny,x,.5\n", ["--positive", "x"], ["a, b, c"]),
+    "no such label": ("csv", b"a,b\nx,.3\ny,.4\nz,.5\n", ["--positive", "w"], ["holds 'w'"]),
     "no such group": (
         "csv",
         b"ill,risk\n0,.3\n1,.4\n",
@@ -280,6 +281,9 @@ def test_columns_that_nobody_named_are_named(tmp_path, capsys):
     path.write_bytes(b"outcome,risk,name\n1,.9,a\n0,.1,b\n0,.5,c\n")
     assert part1.main(["--scores", str(path), "--output-dir", str(tmp_path / "out")]) == 0
     assert "Labels are taken from outcome, scores from risk." in capsys.readouterr().out
+    path.write_bytes(b"y_true,risk,name\n1,.9,a\n0,.1,b\n0,.5,c\n")  # or of one
+    assert part1.main(["--scores", str(path), "--output-dir", str(tmp_path / "out")]) == 0
+    assert "Labels are taken from y_true, scores from risk." in capsys.readouterr().out
     path.write_bytes(b"case,outcome,risk,age\n1,1,.9,40\n2,0,.1,50\n3,0,.5,30\n")
     options = ["--scores", str(path), "--output-dir", str(tmp_path / "out")]
     assert part1.main(options) == 0  # the others lie outside [0, 1]
@@ -495,7 +499,8 @@ def random_npz(rng):
         ])  # fmt: skip
         return as_npz(**good | other), False
     if way == 4:
-        rename, good["more"] = rng.choice([{"y_true": "label"}, {"y_score": "score"}]), scores
+        others = ({"y_true": "label"}, labels), ({"y_score": "score"}, scores)
+        rename, good["more"] = rng.choice(others)  # of two it takes neither
         return as_npz(**{rename.get(key, key): value for key, value in good.items()}), False
     if way == 5:
         single = io.BytesIO()
