@@ -762,8 +762,7 @@ VERDICTS = {
     "out": "The default 0.5 reaches {default[value]:{form}}, but is ruled out by the limits.",
     "none": "These scores have no default threshold to compare with.",
     "one_sided": "That is no advice: {name} alone is best where almost everybody or almost "
-    "nobody is called. "
-    "Add a limit on another rate.",
+    "nobody is called. Add a limit on another rate.",
 }
 
 
@@ -1287,11 +1286,7 @@ def parse_arguments(argv):
     add("--n-samples", type=utils.integer(2), default=10_000, help="number of cases")
     add("--positive-rate", type=share, default=0.3, help="share of positives")
     add = parser.add_argument_group("your own scores").add_argument
-    add(
-        "--scores",
-        type=path,
-        help="CSV (also .gz, .bz2, .xz), NPZ or NPY file; - for standard input",
-    )
+    add("--scores", type=path, help="CSV (also .gz, .bz2, .xz), NPZ or NPY file; - for stdin")
     add("--label-column", help="column or array of the labels, else y_true or found by values")
     add("--score-column", help="column or array of the scores, else y_score or found by values")
     add("--positive", help="label that is positive; every other one is negative")

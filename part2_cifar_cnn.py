@@ -710,7 +710,7 @@ def find_data(settings, folder):
         return load_cifar10(folder)
     except utils.Unavailable as error:
         if name == "cifar10":
-            raise UserError(str(error)) from error
+            raise
         say("", "!" * 72, "!!  CIFAR-10 IS NOT AVAILABLE: THIS RUN USES THE SMALL DIGITS")
         say("!!  DATA SET OF SCIKIT-LEARN INSTEAD. ITS NUMBERS SAY NOTHING ABOUT CIFAR-10.")
         say("!" * 72, "")

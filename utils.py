@@ -576,9 +576,10 @@ def read_scores(path, label=None, score=None, positive=None, count=None, group=N
     if shapes[label] == (0,):
         raise UserError(f"{table.path} has a header but no cases: give a file with scores")
     counts = _find_counts(table, count) if count else None
-    labels = _find_positives(table, label, positive, counts)
+    values = _as_labels(table, label)
+    labels = _find_positives(table, label, values, positive, counts)
     if positive is not None:
-        remark = f"{remark} {_list_negatives(table, label, labels, counts)}".strip()
+        remark = f"{remark} {_list_negatives(values, labels, counts)}".strip()
     scores = _find_scores(table, score, unit)
     groups = _find_groups(table, group) if group else None
     held = slice(None) if counts is None else counts > 0
@@ -783,9 +784,8 @@ def _is_label(values, sought):
     return values.astype(str) == sought if as_text else numbers == wanted
 
 
-def _find_positives(table, name, positive, counts):
+def _find_positives(table, name, values, positive, counts):
     """Labels as bool: 1 (or ``positive``) against 0 (or every other value)."""
-    values = _as_labels(table, name)
     absent = _is_missing(values) if values.dtype.kind == "U" else np.isnan(values)
     table.refuse(absent, f"no label in {name}", values, "label or remove them")
     known = np.unique(values[:1000]).tolist()
@@ -805,10 +805,10 @@ def _find_positives(table, name, positive, counts):
     return labels
 
 
-def _list_negatives(table, name, labels, counts):
+def _list_negatives(values, labels, counts):
     """The negative labels, the rarest first, for it may be misspelt; "" if there is but one."""
     rest = ~labels if counts is None else ~labels & (counts > 0)
-    others, index = np.unique(_as_labels(table, name)[rest], return_inverse=True)
+    others, index = np.unique(values[rest], return_inverse=True)
     n = np.bincount(index, None if counts is None else counts[rest])
     rarest = [f"{str(others[i])!r:.40} ({n[i]:,.0f})" for i in n.argsort(kind="stable")[:5]]
     text = f"Negative labels: {', '.join(rarest)}{' and others' * (len(n) > 5)}."

@@ -415,10 +415,8 @@ def test_the_curves_say_how_training_is_measured(trained, result):
     assert kept["val_accuracy"] > kept["train_accuracy"]
     for changes, text in (
         ({}, "while the network learns, with augmentation and dropout"),
-        (
-            {"dropout": 0.0, "crop_padding": 0},
-            "while the network learns",
-        ),  # digits are never mirrored
+        # Digits are never mirrored.
+        ({"dropout": 0.0, "crop_padding": 0}, "while the network learns"),
     ):
         settings = replace(trained.network.settings, **changes)
         network = replace(trained.network, settings=settings)
